@@ -1,0 +1,180 @@
+"""The command npu-export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from npu_export.encoders import ENCODERS
+from npu_export.plan import DEFAULT_OPSET, FORMATS, PRECISIONS, ExportPlan, make_request, plan_export
+from npu_runtime import __version__
+from npu_runtime.artifact.codec import to_json
+from npu_runtime.cli.console import (
+    StepProgress,
+    print_json,
+    print_line,
+    print_table,
+    print_weights,
+    run_command,
+)
+from npu_runtime.cli.options import json_option, parse_batches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--model", metavar="NAME", help="Encoder: a name, hub id or alias that --list shows.")
+@click.option("--format", "formats", multiple=True, type=click.Choice(FORMATS), help="Repeat for several. [all]")
+@click.option("--batch", default="1", show_default=True, callback=parse_batches, metavar="N,N…", help="Batch sizes.")
+@click.option(
+    "--weights",
+    metavar="FILE|DIR|hf:ID|random:SEED",
+    help="Where the weights lie; hf:ID[@REVISION] names a hub repository, random:SEED makes seeded ones. "
+    "[the encoder's own on the hub, from its cache first]",
+)
+@click.option("--layout", default="auto", show_default=True, metavar="NAME", help="Layout of the checkpoint's keys.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
+@click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ai.onnx opset; ATC reads up to 18.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="The artifact folder itself. [./NAME-PRECISION]"
+)
+@click.option("--dry-run", is_flag=True, help="Plan from names and shapes, print it, and write nothing.")
+@click.option("--force", is_flag=True, help="Replace the artifact that --output names.")
+@json_option
+@click.option("--list", "list_all", is_flag=True, help="Show encoders, layouts, formats and precisions.")
+@click.version_option(__version__, prog_name="npu-export")
+def command(
+    model: str | None,
+    formats: tuple[str, ...],
+    batch: tuple[int, ...],
+    weights: str | None,
+    layout: str,
+    precision: str,
+    opset: int,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    list_all: bool,
+) -> None:
+    """Export a vision encoder to a frozen artifact and check that nothing changed.
+
+    \b
+    npu-export --model vit-base --format torchscript
+    npu-export --model vit-base --batch 1,4,8 --weights model.safetensors
+
+    The artifact is a folder that npu-runtime and npu_runtime.load open. It appears under its name only
+    when it is whole and its programs agree with the eager network.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 parity failed, 4 device or dependency missing,
+    130 interrupted.
+    """
+    if list_all:
+        return _print_list(as_json)
+    if model is None:
+        raise click.UsageError("--model is missing; npu-export --list shows the encoders")
+    request = make_request(
+        model,
+        formats=formats or FORMATS,
+        batch=batch,
+        layout=layout,
+        precision=precision,
+        opset=opset,
+        output=output,
+        force=force,
+    )
+    steps = StepProgress()
+    with steps.step("find the weights and plan the keys"):
+        plan = plan_export(request, weights)
+        steps.detail(f"{plan.weights.checkpoint.source}, layout {plan.weights.layout.name}")
+    if dry_run:
+        return _print_plan(plan, as_json)
+    from npu_export.pipeline import run_export
+
+    _print_result(run_export(plan, steps), as_json)
+
+
+def main() -> None:
+    run_command(command, "npu-export")
+
+
+def _print_list(as_json: bool) -> None:
+    if as_json:
+        rows = [
+            {
+                "encoder": e.name,
+                "aliases": [e.hub_id, *e.aliases],
+                "parameters": e.parameters,
+                "inputs": to_json(e.inputs),
+                "outputs": to_json(e.outputs),
+                "layouts": [known.name for known in e.layouts],
+            }
+            for e in ENCODERS
+        ]
+        return print_json({"encoders": rows, "formats": FORMATS, "precisions": PRECISIONS})
+    for encoder in ENCODERS:
+        print_line(f"{encoder.name}")
+        print_line(f"  also known as  {', '.join((encoder.hub_id, *encoder.aliases))}")
+        print_line(f"  parameters     {encoder.parameters:,}")
+        print_line(f"  layouts        {', '.join(('auto', *(known.name for known in encoder.layouts)))}")
+        for spec in (*encoder.inputs, *encoder.outputs):
+            print_line(f"  {spec.name:<13}  {spec.dtype} [{', '.join(map(str, spec.shape))}]")
+    print_line(f"formats     {', '.join(FORMATS)}")
+    print_line(f"precisions  {', '.join(PRECISIONS)}")
+
+
+def describe_plan(plan: ExportPlan) -> Mapping[str, Any]:
+    """The plan as data."""
+    request, keymap = plan.request, plan.weights.keymap
+    return {
+        "encoder": request.encoder.name,
+        "weights": plan.weights.checkpoint.source,
+        "layout": plan.weights.layout.name,
+        "precision": request.precision,
+        "formats": request.formats,
+        "batches": request.batches,
+        "opset": request.opset if "onnx" in request.formats else None,
+        "output": str(request.output),
+        "coverage": {**to_json(plan.weights.coverage()), "reasons_dropped": dict(keymap.dropped)},
+        "preprocessing": to_json(plan.preprocessing),
+        "nbytes": dict(plan.sizes()),
+    }
+
+
+def _print_plan(plan: ExportPlan, as_json: bool) -> None:
+    described = describe_plan(plan)
+    if as_json:
+        return print_json(described)
+    encoder, coverage = plan.request.encoder, plan.weights.coverage()
+    print_line(f"{encoder.name} from {described['weights']}, layout {described['layout']}, fp32")
+    print_line(
+        f"  keys      {coverage.renamed} renamed, {coverage.transformed} transformed, {coverage.dropped} dropped, "
+        "0 missing, 0 unexpected, 0 mismatched"
+    )
+    for key, reason in plan.weights.keymap.dropped.items():
+        print_line(f"            dropped {key}: {reason}")
+    print_line(f"  programs  {', '.join(plan.request.formats)}, batch {', '.join(map(str, plan.request.batches))}")
+    for spec in (*encoder.inputs, *encoder.outputs):
+        print_line(f"            {spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]")
+    for name, nbytes in plan.sizes().items():
+        print_line(f"  file      {name}  {nbytes / 1e6:,.1f} MB")
+    print_line(f"  output    {plan.request.output}  (dry run: nothing was written)")
+
+
+def _print_result(folder: Path, as_json: bool) -> None:
+    from npu_runtime.artifact.store import open_artifact
+
+    artifact = open_artifact(folder)
+    manifest = artifact.manifest
+    if as_json:
+        return print_json({"artifact": str(folder), "digest": artifact.digest, "manifest": to_json(manifest)})
+    print_weights(manifest)
+    print_table(
+        f"{manifest.encoder} {manifest.precision} in {folder}",
+        ("file", "MB"),
+        [(record.file, f"{record.nbytes / 1e6:,.1f}") for record in manifest.files],
+    )
+    print_line(f"next      npu-runtime verify {folder}")

@@ -1,0 +1,11 @@
+"""Errors that only an export has."""
+
+from npu_runtime.errors import Error
+
+
+class CheckpointError(Error):
+    """A checkpoint that cannot be found, read safely, or used whole."""
+
+
+class LintError(Error):
+    """A frozen program holds something that an Ascend device cannot run as it stands."""

@@ -1,0 +1,266 @@
+"""From weights to a verified artifact, step by step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from npu_export.encoders.spec import EncoderSpec
+from npu_export.network import load_network, state_sha256
+from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
+from npu_export.provenance import describe_provenance
+from npu_runtime.artifact.codec import encode_manifest
+from npu_runtime.artifact.schema import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    Program,
+    Provenance,
+    Reference,
+)
+from npu_runtime.artifact.staging import stage
+from npu_runtime.artifact.store import Array, open_artifact, record_file
+from npu_runtime.errors import Error, ParityError
+from npu_runtime.parity.verify import ProgramParity, measure_parity
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+TORCHSCRIPT_FILE = "model.ts"
+REFERENCE_FILE = "reference.safetensors"
+DISK_MARGIN_NBYTES = 64 << 20
+
+
+class Steps(Protocol):
+    """Who is told of the steps: called with a step's name around it, and again with what came of it."""
+
+    def step(self, name: str) -> AbstractContextManager[None]: ...
+
+    def detail(self, text: str) -> None: ...
+
+
+class Silent:
+    """Steps that nobody watches."""
+
+    def step(self, name: str) -> AbstractContextManager[None]:
+        import contextlib
+
+        return contextlib.nullcontext()
+
+    def detail(self, text: str) -> None:
+        pass
+
+
+def export(
+    model: str | EncoderSpec,
+    *,
+    weights: str | None = None,
+    formats: Sequence[str] = FORMATS,
+    batch: Sequence[int] = (1,),
+    layout: str = "auto",
+    precision: str = "fp32",
+    opset: int = DEFAULT_OPSET,
+    output: str | Path | None = None,
+    force: bool = False,
+    steps: Steps | None = None,
+) -> Path:
+    """Export an encoder and return the artifact's folder; nothing is left of an export that failed.
+
+    `model` is a name, hub id or alias; `weights` a path, `hf:ID[@REVISION]` or `random:SEED`, the hub's
+    own without it. `output` is the artifact folder itself, `./NAME-PRECISION` without it. Raises
+    UsageError for arguments that do not fit, CheckpointError for weights that cannot be used whole,
+    LintError for a program that would not run on Ascend, ParityError when a frozen program differs from
+    the reference by more than its tolerance, ArtifactError or Error when files cannot be written.
+    """
+    request = make_request(
+        model,
+        formats=formats,
+        batch=batch,
+        layout=layout,
+        precision=precision,
+        opset=opset,
+        output=output,
+        force=force,
+    )
+    watch = steps or Silent()
+    with watch.step("find the weights and plan the keys"):
+        plan = plan_export(request, weights)
+        watch.detail(f"{plan.weights.checkpoint.source}, layout {plan.weights.layout.name}")
+    return run_export(plan, watch)
+
+
+def run_export(plan: ExportPlan, steps: Steps) -> Path:
+    """Carry out a plan; see `export`."""
+    request = plan.request
+    _check_disk(plan)
+    with stage(request.output, force=request.force) as folder:
+        write_artifact(plan, folder, steps)
+        check_parity(folder, steps)
+    return request.output
+
+
+def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> None:
+    """Write the whole artifact into a folder, the manifest last. Parity is not checked here."""
+    request = plan.request
+    with steps.step("load the weights"):
+        network = load_network(plan.weights)
+        provenance = describe_provenance(plan.weights, state_sha256(network))
+        module = request.encoder.with_outputs(network)
+        steps.detail(f"{request.encoder.parameters:,} parameters")
+    with steps.step("record the reference"):
+        _write_reference(request.encoder, module, folder / REFERENCE_FILE)
+    programs: list[Program] = []
+    if "torchscript" in request.formats:
+        programs += _freeze_torchscript(plan, module, folder, steps)
+    if "onnx" in request.formats:
+        programs += _freeze_onnx(plan, module, folder, steps)
+    with steps.step("hash the files and write the manifest"):
+        files = tuple(record_file(folder, path.name) for path in sorted(folder.iterdir()))
+        manifest = _describe(plan, programs, files, provenance)
+        (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
+        steps.detail(f"{sum(record.nbytes for record in files) / 1e6:,.0f} MB in {len(files)} files")
+
+
+def check_parity(folder: Path, steps: Steps) -> None:
+    """Open the artifact as production does and compare each program with the reference.
+
+    Raises ParityError, with every failed limit, when one is too far.
+    """
+    artifact = open_artifact(folder)
+    failed: list[ProgramParity] = []
+    for format in artifact.manifest.formats():
+        with steps.step(f"check parity of {format}"):
+            rows = list(measure_parity(artifact, backend=format))
+            failed += [row for row in rows if not row.passed]
+            worst = max(row.metrics.max_abs_error for row in rows)
+            steps.detail(f"largest difference {worst:.1e}")
+    if failed:
+        raise ParityError(
+            "a frozen program differs from the eager reference by more than its tolerance",
+            where=artifact.manifest.encoder,
+            expected="every metric within its limit",
+            got="\n".join(
+                f"{row.backend} batch {row.batch} {check.output} {check.metric} = {check.value:.3e}, "
+                f"limit {check.limit:.0e}"
+                for row in failed
+                for check in row.checks
+                if not check.passed
+            ),
+            hint="nothing was kept; this is a fault of the export or of a library, please report it",
+        )
+
+
+def seeded_images(seeds: Sequence[int], shape: Sequence[int]) -> Array:
+    """Standard normal float32 images [N, 3, H, W], one from each seed, the same on every machine."""
+    return np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
+
+
+def _check_disk(plan: ExportPlan) -> None:
+    parent = plan.request.output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed = sum(plan.sizes().values()) + DISK_MARGIN_NBYTES
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise Error(
+            "the disk has too little room for the artifact",
+            where=parent,
+            expected=f"{needed / 1e6:,.0f} MB free",
+            got=f"{free / 1e6:,.0f} MB free",
+            hint="free some room, or pass --output on another disk",
+        )
+
+
+def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path) -> None:
+    """Run the eager network one image at a time, which is what batch 1 must give bit for bit."""
+    from safetensors.numpy import save_file
+
+    from npu_export.eager import run_eager
+
+    inputs = seeded_images(REFERENCE_SEEDS, encoder.inputs[0].of_batch(1)[1:])
+    rows = [run_eager(module, image[None]) for image in inputs]
+    outputs = {spec.name: np.concatenate(arrays) for spec, arrays in zip(encoder.outputs, zip(*rows))}
+    for name, array in outputs.items():
+        if not np.isfinite(array).all():
+            raise ParityError(
+                f"the eager network's own output {name} holds NaN or infinity",
+                where=encoder.name,
+                expected="finite values",
+                hint="the checkpoint is damaged or not this encoder's",
+            )
+    save_file({encoder.inputs[0].name: inputs, **outputs}, path)
+
+
+def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:
+    from npu_export.lint import lint_torchscript
+    from npu_export.torchscript import empty_constants, entry_point, trace_frozen, write_torchscript
+
+    batches = plan.request.batches
+    with steps.step(f"freeze torchscript, batch {', '.join(map(str, batches))}"):
+        program = trace_frozen(module, plan.request.encoder.inputs[0], batches)
+        lint_torchscript(program, [entry_point(b) for b in batches])
+        write_torchscript(program, folder / TORCHSCRIPT_FILE)
+        empty_constants(program, [entry_point(b) for b in batches])
+        steps.detail("device-clean, no float64")
+    sha256 = record_file(folder, TORCHSCRIPT_FILE).sha256
+    return [
+        Program("torchscript", TORCHSCRIPT_FILE, b, sha256, needs=(), entry_point=entry_point(b), opset=None)
+        for b in batches
+    ]
+
+
+def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:
+    from npu_export import onnx
+    from npu_export.lint import lint_onnx
+
+    request, programs = plan.request, []
+    with (folder / onnx.WEIGHTS_FILE).open("wb") as file:
+        weights = onnx.WeightsFile(file)
+        for batch in request.batches:
+            name = onnx.graph_file(batch)
+            with steps.step(f"freeze onnx, batch {batch}"):
+                model = onnx.export_graph(
+                    module, request.encoder.inputs[0], request.encoder.outputs, batch, request.opset
+                )
+                lint_onnx(model, name)
+                onnx.write_graph(model, weights, folder / name)
+                steps.detail(f"opset {request.opset}, fixed shapes, no float64")
+            programs.append((name, batch))
+    for name, _ in programs:
+        onnx.check_graph(folder / name)
+    return [
+        Program(
+            "onnx",
+            name,
+            batch,
+            record_file(folder, name).sha256,
+            needs=(onnx.WEIGHTS_FILE,),
+            entry_point=None,
+            opset=request.opset,
+        )
+        for name, batch in programs
+    ]
+
+
+def _describe(
+    plan: ExportPlan, programs: Sequence[Program], files: tuple[FileRecord, ...], provenance: Provenance
+) -> Manifest:
+    encoder = plan.request.encoder
+    return Manifest(
+        encoder=encoder.name,
+        precision="fp32",
+        inputs=encoder.inputs,
+        outputs=encoder.outputs,
+        programs=tuple(programs),
+        files=files,
+        reference=Reference(REFERENCE_FILE, REFERENCE_SEEDS),
+        preprocessing=plan.preprocessing,
+        tolerances=encoder.tolerances,
+        provenance=provenance,
+    )

@@ -1,0 +1,107 @@
+"""What an export would do, decided from names, shapes and settings before anything heavy runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from npu_export.encoders import find_encoder
+from npu_export.encoders.spec import EncoderSpec
+from npu_export.network import WeightsPlan, plan_weights
+from npu_export.preprocessor_config import resolve_preprocessing
+from npu_export.weights import find_weights
+from npu_runtime.artifact.schema import Preprocessing
+from npu_runtime.artifact.staging import check_output
+from npu_runtime.errors import UsageError
+
+FORMATS = ("torchscript", "onnx")
+PRECISIONS = ("fp32",)
+DEFAULT_OPSET = 18
+MAX_BATCH = 1024
+REFERENCE_SEEDS = (0, 1, 2, 3)
+"""One reference image each. Four differ enough to show a program that mixes its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for, checked for sense alone."""
+
+    encoder: EncoderSpec
+    formats: tuple[str, ...]
+    batches: tuple[int, ...]
+    """In the order given: `forward` of a TorchScript program is the first."""
+    layout: str
+    precision: str
+    opset: int
+    output: Path
+    force: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """A request and the checkpoint that fills it wholly."""
+
+    request: Request
+    weights: WeightsPlan
+    preprocessing: Preprocessing
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes that each file takes, about: weights and reference as they are, graphs left out."""
+        encoder, nbytes = self.request.encoder, {}
+        if "torchscript" in self.request.formats:
+            nbytes["model.ts"] = 4 * encoder.parameters
+        if "onnx" in self.request.formats:
+            nbytes["weights.onnx.data"] = 4 * encoder.parameters
+        specs = (*encoder.inputs, *encoder.outputs)
+        nbytes["reference.safetensors"] = sum(4 * math.prod(s.of_batch(len(REFERENCE_SEEDS))) for s in specs)
+        return nbytes
+
+
+def make_request(
+    model: str | EncoderSpec,
+    *,
+    formats: Sequence[str] = FORMATS,
+    batch: Sequence[int] = (1,),
+    layout: str = "auto",
+    precision: str = "fp32",
+    opset: int = DEFAULT_OPSET,
+    output: str | Path | None = None,
+    force: bool = False,
+) -> Request:
+    """The request, or UsageError for what does not exist or does not fit together."""
+    encoder = find_encoder(model) if isinstance(model, str) else model
+    for what, values, choices in (
+        ("format", formats, FORMATS),
+        ("precision", (precision,), PRECISIONS),
+        ("layout", (layout,), ("auto", *(known.name for known in encoder.layouts))),
+    ):
+        unknown = [value for value in values if value not in choices]
+        if unknown or not values:
+            raise UsageError(
+                f"unknown {what}" if unknown else f"no {what} was given",
+                expected=", ".join(choices),
+                got=", ".join(unknown) or None,
+            )
+    wrong = [size for size in batch if not 1 <= size <= MAX_BATCH]
+    if wrong or not batch or len(set(batch)) != len(batch):
+        raise UsageError(
+            "wrong batch sizes",
+            expected=f"different whole numbers from 1 to {MAX_BATCH}, such as 1,4,8",
+            got=",".join(map(str, batch)) or "none",
+        )
+    folder = Path(output) if output is not None else Path(f"{encoder.name}-{precision}")
+    ordered = tuple(format for format in FORMATS if format in formats)
+    return Request(encoder, ordered, tuple(batch), layout, precision, opset, folder, force)
+
+
+def plan_export(request: Request, weights: str | None) -> ExportPlan:
+    """The plan for a request; finds the checkpoint, reads its keys and settings, and no tensor.
+
+    Raises UsageError when the output exists, CheckpointError when the weights cannot be had or used whole.
+    """
+    check_output(request.output, force=request.force)
+    checkpoint = find_weights(request.encoder, weights)
+    plan = plan_weights(request.encoder, checkpoint, request.layout)
+    return ExportPlan(request, plan, resolve_preprocessing(checkpoint, request.encoder.preprocessing))

@@ -1,0 +1,161 @@
+"""What a manifest holds. Immutable, and true once parsed: nothing inside checks it again.
+
+Versions of the schema:
+    1.0  first: encoder, inputs, outputs, programs, files, reference, preprocessing, tolerances, provenance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+SCHEMA_MAJOR = 1
+SCHEMA_MINOR = 0
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of every program. `shape` starts with the batch, spelled "B"."""
+
+    name: str
+    dtype: Literal["float32"]
+    shape: tuple[int | Literal["B"], ...]
+
+    def of_batch(self, batch: int) -> tuple[int, ...]:
+        """The shape at a batch size."""
+        return tuple(batch if size == "B" else size for size in self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of the artifact, its path relative to the folder and spelled with slashes."""
+
+    file: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One frozen entry that a backend runs at one batch size."""
+
+    format: str
+    file: str
+    batch: int
+    sha256: str
+    needs: tuple[str, ...]
+    """Other files of the artifact that `file` reads, such as shared weights."""
+    entry_point: str | None
+    """Name of the TorchScript method; None where a file holds one program."""
+    opset: int | None
+    """ai.onnx opset; None where the format has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Seeded inputs and the outputs of the unmodified fp32 eager network on the CPU."""
+
+    file: str
+    seeds: tuple[int, ...]
+    """One image a seed: `numpy.random.default_rng(seed).standard_normal`, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image file becomes `pixel_values`: resize, scale to 0..1, subtract mean, divide by std."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    resize: Literal["squash"]
+    """`squash` resizes to `size` without keeping the aspect ratio."""
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    source: str
+    """Where these values come from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """The most that a metric of an output may be, set before the run that it judges."""
+
+    output: str
+    metric: Literal["max_abs_error", "max_relative_l2_error"]
+    limit: float
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file of the checkpoint. None of the artifact's own files."""
+
+    path: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How the checkpoint's tensors were used; each is counted once. None is ever left over or missing."""
+
+    renamed: int
+    transformed: int
+    dropped: int
+    parameters: int
+    """Elements of all tensors that the network received."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Which weights went in."""
+
+    source: str
+    """As asked for: a path, `hf:ID@REVISION` or `random:SEED`."""
+    layout: str
+    files: tuple[SourceFile, ...]
+    """Empty for random weights."""
+    random_seed: int | None
+    """Seed of random weights, asked for by name; None for a published checkpoint."""
+    state_sha256: str
+    """Digest of the loaded state dict: names, dtypes, shapes and bytes in order of name."""
+    coverage: Coverage
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    weights: Weights
+    versions: Mapping[str, str]
+    revision: str | None
+    """Git revision of this project, with `-dirty` where it had local changes; None outside a checkout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    encoder: str
+    precision: Literal["fp32"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    programs: tuple[Program, ...]
+    files: tuple[FileRecord, ...]
+    reference: Reference
+    preprocessing: Preprocessing
+    tolerances: tuple[Tolerance, ...]
+    provenance: Provenance
+
+    def formats(self) -> tuple[str, ...]:
+        """Formats of the programs, each once, in the manifest's order."""
+        return tuple(dict.fromkeys(program.format for program in self.programs))
+
+    def programs_for(self, format: str | None) -> tuple[Program, ...]:
+        """The programs of a format; all of them for None, a backend that needs none."""
+        return tuple(program for program in self.programs if format in (None, program.format))
+
+    def weights_summary(self) -> str:
+        """One line that every shown result repeats: whose weights these are."""
+        weights = self.provenance.weights
+        if weights.random_seed is not None:
+            return f"RANDOM weights (seed {weights.random_seed}), not a trained encoder"
+        return f"{weights.source} (layout {weights.layout})"

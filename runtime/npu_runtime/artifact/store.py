@@ -1,0 +1,140 @@
+"""Artifacts on disk: open a folder, check its files, read its reference."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from npu_runtime.artifact.codec import decode_manifest
+from npu_runtime.artifact.schema import MANIFEST_NAME, FileRecord, Manifest
+from npu_runtime.errors import ArtifactError
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An artifact folder whose manifest has been read. Files are checked when they are asked for."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+    """sha256 of manifest.json, which holds the hash of every other file."""
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    def checked_path(self, name: str) -> Path:
+        """Path of a listed file, after its size and sha256 were found as the manifest says.
+
+        A file is hashed once for each opened artifact. Raises ArtifactError when it is missing,
+        changed, or a link that leaves the folder.
+        """
+        record = next(record for record in self.manifest.files if record.file == name)
+        path = self.path / name
+        if name not in self._checked:
+            _check_file(self.path, path, record)
+            self._checked.add(name)
+        return path
+
+    def check_files(self, names: Iterable[str] | None = None) -> None:
+        """Check some files, or all of them; raises ArtifactError at the first that differs."""
+        for name in [record.file for record in self.manifest.files] if names is None else names:
+            self.checked_path(name)
+
+    def read_reference(self) -> tuple[Array, dict[str, Array]]:
+        """Recorded `pixel_values` [N, 3, H, W] and the reference outputs by name, [N, ...] each."""
+        from safetensors.numpy import load_file
+
+        manifest = self.manifest
+        tensors = load_file(self.checked_path(manifest.reference.file))
+        specs = (*manifest.inputs, *manifest.outputs)
+        count = len(manifest.reference.seeds)
+        for spec in specs:
+            got = tensors.get(spec.name)
+            if got is None or got.shape != spec.of_batch(count) or got.dtype != spec.dtype:
+                raise ArtifactError(
+                    f"the reference does not hold {spec.name} as the manifest says",
+                    where=self.path / manifest.reference.file,
+                    expected=f"{spec.dtype} {list(spec.of_batch(count))}",
+                    got="nothing" if got is None else f"{got.dtype} {list(got.shape)}",
+                    hint="export the artifact again",
+                )
+        inputs = tensors[manifest.inputs[0].name]
+        return inputs, {spec.name: tensors[spec.name] for spec in manifest.outputs}
+
+
+def open_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """The artifact in a folder; reads the manifest only. Raises ArtifactError when it is none."""
+    folder = Path(path)
+    file = folder / MANIFEST_NAME
+    try:
+        data = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(
+            "there is no artifact here" if folder.exists() else "there is no such folder",
+            where=folder,
+            expected=f"a folder that holds {MANIFEST_NAME}",
+            hint="pass the folder that npu-export printed",
+        ) from None
+    except OSError as error:
+        raise ArtifactError("the manifest cannot be read", where=file, got=error) from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            "the manifest is not UTF-8", where=file, got=error, hint="export the artifact again"
+        ) from error
+    return Artifact(folder, decode_manifest(text, str(file)), hashlib.sha256(data).hexdigest())
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal; memory stays bounded."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def record_file(folder: Path, name: str) -> FileRecord:
+    """Size and sha256 of a file as it is on disk now."""
+    path = folder / name
+    return FileRecord(name, path.stat().st_size, sha256_file(path))
+
+
+def _check_file(folder: Path, path: Path, record: FileRecord) -> None:
+    hint = "copy the artifact again, or export it again"
+    if not path.is_file():
+        raise ArtifactError("the artifact lacks a file", where=path, expected=f"{record.nbytes} bytes", hint=hint)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            "a file of the artifact is a link to a place outside it",
+            where=path,
+            expected=f"a file inside {folder}",
+            got=path.resolve(),
+            hint=hint,
+        )
+    nbytes = path.stat().st_size
+    if nbytes != record.nbytes:
+        raise ArtifactError(
+            "a file of the artifact has another size",
+            where=path,
+            expected=f"{record.nbytes} bytes",
+            got=f"{nbytes} bytes",
+            hint=hint,
+        )
+    sha256 = sha256_file(path)
+    if sha256 != record.sha256:
+        raise ArtifactError(
+            "a file of the artifact has changed",
+            where=path,
+            expected=f"sha256 {record.sha256}",
+            got=f"sha256 {sha256}",
+            hint=hint,
+        )

@@ -1,0 +1,4 @@
+"""What opens programs.
+
+`base` holds the protocols, `table` the backends by name; each other module is one backend.
+"""

@@ -1,0 +1,91 @@
+"""What a backend and a session are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from npu_runtime.artifact.schema import Program
+from npu_runtime.artifact.store import Artifact
+from npu_runtime.devices import Device
+from npu_runtime.errors import ArtifactError, UnavailableError, UsageError
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a program is opened. A backend honours each field or refuses it."""
+
+    batches: tuple[int, ...]
+    """The batch sizes to open, all of them frozen in the artifact."""
+    threads: int | None = None
+    """CPU threads for one operator; None leaves the backend's own choice."""
+    weights: str | None = None
+    """Where the checkpoint lies now, for backends that rebuild the network; None as recorded."""
+
+
+class Session(Protocol):
+    """Programs opened on a device. Threads may share one."""
+
+    def run(self, pixel_values: Array, outputs: Sequence[str]) -> list[Array]:
+        """The outputs asked for, in that order, for a C-contiguous batch of a size that was opened.
+
+        Arrays belong to the caller. Shapes are the manifest's; the values are not checked here.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the memory; a second call does nothing."""
+        ...
+
+
+class Backend(Protocol):
+    """Opens programs of one format, or, like eager, needs none."""
+
+    format: str | None
+    """The format of program that it opens; None where it rebuilds the network from the checkpoint."""
+
+    def open(self, artifact: Artifact, device: Device, options: Options) -> Session:
+        """A session of programs whose files were checked.
+
+        Raises UnavailableError when a package is missing, ArtifactError when a file is wrong or does
+        not hold what the manifest says.
+        """
+        ...
+
+
+def programs_of(artifact: Artifact, format: str, options: Options) -> list[Program]:
+    """The programs to open, files checked; refuses the checkpoint, which a frozen program does not read."""
+    if options.weights is not None:
+        raise UsageError(
+            f"a frozen {format} program carries its weights",
+            expected="weights only with a backend that rebuilds the network, such as eager",
+            got=f"weights {options.weights}",
+        )
+    programs = [p for p in artifact.manifest.programs_for(format) if p.batch in options.batches]
+    for program in programs:
+        artifact.check_files((program.file, *program.needs))
+    return programs
+
+
+def missing_package(package: str, extra: str, backend: str) -> UnavailableError:
+    """The error of a backend whose package is not installed."""
+    return UnavailableError(
+        f"the backend {backend} needs the package {package}, which is not installed",
+        hint=f"pip install 'npu-export[{extra}]'",
+    )
+
+
+def unreadable_program(file: object, error: Exception, package: str) -> ArtifactError:
+    """The error of a program, hash as recorded, that the package still does not open."""
+    return ArtifactError(
+        f"{package} does not open this program",
+        where=file,
+        got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+        hint=f"compare the version of {package} here with the one in the manifest's provenance",
+    )

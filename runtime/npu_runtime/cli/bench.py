@@ -1,0 +1,184 @@
+"""npu-runtime bench: eager against exported."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from npu_runtime.artifact.codec import to_json
+from npu_runtime.artifact.store import Artifact, open_artifact
+from npu_runtime.backends.table import FORMATS, backend_names
+from npu_runtime.bench.measure import measure_latency
+from npu_runtime.bench.statistics import Latency, paired_speedup, summarise_latency
+from npu_runtime.cli.console import StepProgress, narration, print_json, print_line, print_table, print_weights
+from npu_runtime.cli.options import artifact_argument, device_option, json_option, parse_batches
+from npu_runtime.devices import cpu_count
+from npu_runtime.encoder import Encoder, load
+from npu_runtime.environment import describe_environment
+from npu_runtime.errors import Error, UnavailableError, UsageError
+
+EAGER = "eager"
+
+
+@click.command()
+@artifact_argument
+@click.option("--backend", "backends", multiple=True, metavar="NAME", help="Repeat for several. [eager and all frozen]")
+@click.option("--batch", callback=parse_batches, metavar="N,N…", help="Batch sizes. [all that are frozen]")
+@click.option("--iterations", type=click.IntRange(min=1), default=100, show_default=True, help="Timed rounds.")
+@click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds before them.")
+@click.option("--weights", metavar="FILE|DIR", help="Where the checkpoint lies now, for eager. [as recorded]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads for one operator. [cores of this process]"
+)
+@device_option
+@json_option
+def command(
+    artifact: str,
+    backends: tuple[str, ...],
+    batch: tuple[int, ...] | None,
+    iterations: int,
+    warmup: int,
+    weights: str | None,
+    threads: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Time a call, numpy to numpy, of eager and of each frozen program, round by round in one run.
+
+    Eager is the unmodified network, rebuilt from the checkpoint that the manifest records and only used
+    when its tensors are the very ones that were exported. A backend that cannot run here is listed
+    with the reason, unless it was named. A percentile is given from enough samples only: p90 from 20,
+    p99 from 100.
+    """
+    opened = open_artifact(artifact)
+    frozen = {program.batch for program in opened.manifest.programs}
+    batches = batch or tuple(sorted(frozen))
+    if set(batches) - frozen:
+        raise UsageError(
+            "the artifact was not frozen for this batch size",
+            where=opened.path,
+            expected=", ".join(map(str, sorted(frozen))),
+            got=", ".join(map(str, batches)),
+        )
+    used_threads = threads or cpu_count()
+    with contextlib.ExitStack() as stack:
+        encoders, not_run = _open(opened, backends, device, batches, used_threads, weights, stack)
+        with _round_bar(len(batches) * (warmup + iterations)) as advance:
+            samples = measure_latency(encoders, batches, iterations=iterations, warmup=warmup, progress=advance)
+    rows = {key: summarise_latency(values, key[1]) for key, values in samples.items()}
+    speedups = {
+        key: paired_speedup(samples[EAGER, key[1]], values) if EAGER in encoders else None
+        for key, values in samples.items()
+    }
+    if as_json:
+        return print_json(
+            {
+                "record": "bench",
+                "artifact": str(opened.path),
+                "digest": opened.digest,
+                "weights": to_json(opened.manifest.provenance.weights),
+                "environment": describe_environment(),
+                "device": device,
+                "threads": used_threads,
+                "warmup": warmup,
+                "rows": [
+                    {
+                        "backend": name,
+                        "batch": size,
+                        **to_json(latency),
+                        "speedup_over_eager": speedups[name, size],
+                        "samples_ms": samples[name, size],
+                    }
+                    for (name, size), latency in rows.items()
+                ],
+                "not_run": not_run,
+            }
+        )
+    print_weights(opened.manifest)
+    _print_rows(opened, rows, speedups, f"{iterations} rounds, {used_threads} threads, on {device}")
+    for name, reason in not_run.items():
+        print_line(f"not run   {name}: {reason}")
+
+
+def _open(
+    artifact: Artifact,
+    named: Sequence[str],
+    device: str,
+    batches: Sequence[int],
+    threads: int,
+    weights: str | None,
+    stack: contextlib.ExitStack,
+) -> tuple[dict[str, Encoder], dict[str, str]]:
+    """Encoders by backend, and the reasons of those that cannot run; a named one must."""
+    wanted = [FORMATS.get(name, name) for name in named]
+    if not named:
+        wanted = [EAGER, *(FORMATS[format] for format in artifact.manifest.formats() if format in FORMATS)]
+    if weights is not None and EAGER not in wanted:
+        raise UsageError("--weights is for eager, which is not among the backends", got=", ".join(wanted))
+    encoders: dict[str, Encoder] = {}
+    not_run: dict[str, str] = {}
+    steps = StepProgress()
+    for name in dict.fromkeys(wanted):
+        if not named and name == EAGER and EAGER not in backend_names():
+            not_run[name] = "it comes with npu-export's extra `export`, which is not installed"
+            continue
+        own_weights = weights if name == EAGER else None
+        try:
+            with steps.step(f"open {name}"):
+                encoder = load(
+                    artifact, device=device, backend=name, batches=batches, threads=threads, weights=own_weights
+                )
+        except Error as error:
+            # Programs that are damaged are no reason to go on; a checkpoint or package that is elsewhere is.
+            tolerable = name == EAGER and own_weights is None
+            if named or not (tolerable or isinstance(error, UnavailableError)):
+                raise
+            not_run[name] = error.what if error.got is None else f"{error.what}: {error.got}"
+            continue
+        encoders[name] = stack.enter_context(encoder)
+    if not encoders:
+        raise UnavailableError(
+            "no backend can run here", got="; ".join(f"{name}: {reason}" for name, reason in not_run.items())
+        )
+    return encoders, not_run
+
+
+@contextlib.contextmanager
+def _round_bar(total: int) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn("measure"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"), TimeRemainingColumn())
+    with Progress(*columns, console=narration(), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _print_rows(
+    artifact: Artifact,
+    rows: Mapping[tuple[str, int], Latency],
+    speedups: Mapping[tuple[str, int], float | None],
+    conditions: str,
+) -> None:
+    print_table(
+        f"{artifact.manifest.encoder}, a call from numpy to numpy in ms, {conditions}",
+        ("backend", "batch", "median", "p90", "p99", "min", "max", "images/s", "over eager"),
+        [
+            (
+                name,
+                str(size),
+                f"{r.median_ms:.2f}",
+                _or_dash(r.p90_ms),
+                _or_dash(r.p99_ms),
+                f"{r.minimum_ms:.2f}",
+                f"{r.maximum_ms:.2f}",
+                f"{r.images_per_second:.1f}",
+                "-" if speedups[name, size] is None else f"{speedups[name, size]:.2f} x",
+            )
+            for (name, size), r in rows.items()
+        ],
+    )
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

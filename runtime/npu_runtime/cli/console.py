@@ -1,0 +1,129 @@
+"""What both commands share: results on stdout, narration on stderr, errors as one message and a code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from npu_runtime.artifact.schema import Manifest
+from npu_runtime.errors import Error
+
+LEAST_TABLE_WIDTH = 140
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, 128 + SIGINT, as shells expect."""
+
+
+def narration() -> Console:
+    """The console for progress and errors."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(document: object) -> None:
+    """A result as indented JSON on stdout."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """A result as a table on stdout; the first `left` columns are text, the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # No column is cut: on a narrow terminal, in a file or in a pipe, long rows run on.
+    width = max(Console().width, LEAST_TABLE_WIDTH)
+    Console(highlight=False, width=width).print(table, soft_wrap=True)
+
+
+def print_line(text: str, *, warn: bool = False) -> None:
+    """A line of a result on stdout."""
+    Console(highlight=False, soft_wrap=True).print(Text(text, style="bold yellow" if warn else ""))
+
+
+def print_weights(manifest: Manifest) -> None:
+    """The line that every result repeats: whose weights these are."""
+    print_line(f"weights   {manifest.weights_summary()}", warn=manifest.provenance.weights.random_seed is not None)
+
+
+class StepProgress:
+    """Steps on stderr, each with its time: on a terminal as a line that runs, in a log when it is done."""
+
+    def __init__(self) -> None:
+        self._console = narration()
+        self._detail = ""
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        self._detail = ""
+        with (
+            Live(_Running(name, start), console=self._console, transient=True, refresh_per_second=8)
+            if self._console.is_terminal
+            else contextlib.nullcontext()
+        ):
+            yield
+        line = Text.assemble(("✓ ", "green"), f"{name:<44}", (f"{time.monotonic() - start:6.1f} s", "cyan"))
+        if self._detail:
+            line.append(f"   {self._detail}", "dim")
+        self._console.print(line)
+
+    def detail(self, text: str) -> None:
+        self._detail = text
+
+
+class _Running:
+    """A spinner with the step's name and the seconds since it began."""
+
+    def __init__(self, name: str, start: float) -> None:
+        self._name, self._start = name, start
+        self._spinner = Spinner("dots", style="cyan")
+
+    def __rich__(self) -> Spinner:
+        self._spinner.update(text=Text(f"{self._name:<44}{time.monotonic() - self._start:6.1f} s"))
+        return self._spinner
+
+
+def run_command(command: click.Command, prog_name: str) -> NoReturn:
+    """Run a click command and exit: 0 done, or the code of the error after its message on stderr.
+
+    Where `--json` was asked for, the error is on stdout as data as well.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = command.main(prog_name=prog_name, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        narration().print("interrupted; nothing was left behind", style="yellow")
+        code = INTERRUPTED
+    except Error as error:
+        _show(error)
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of stdout went away, as `| head` does
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _show(error: Error) -> None:
+    message = Text.assemble(("error: ", "bold red"), str(error))
+    narration().print(message)
+    if "--json" in sys.argv:
+        print_json({"error": error.fields(), "exit_code": error.exit_code})

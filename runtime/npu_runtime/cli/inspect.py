@@ -1,0 +1,62 @@
+"""npu-runtime inspect: what is in an artifact."""
+
+from __future__ import annotations
+
+import click
+
+from npu_runtime.artifact.codec import to_json
+from npu_runtime.artifact.schema import TensorSpec
+from npu_runtime.artifact.store import open_artifact
+from npu_runtime.cli.console import print_json, print_line, print_table, print_weights
+from npu_runtime.cli.options import artifact_argument, json_option
+
+
+@click.command()
+@artifact_argument
+@json_option
+def command(artifact: str, as_json: bool) -> None:
+    """Show what is in an artifact. Reads the manifest only; `verify` checks the files."""
+    opened = open_artifact(artifact)
+    manifest = opened.manifest
+    if as_json:
+        return print_json({"artifact": str(opened.path), "digest": opened.digest, "manifest": to_json(manifest)})
+    provenance = manifest.provenance
+    print_line(
+        f"encoder   {manifest.encoder} {manifest.precision}   {provenance.weights.coverage.parameters:,} parameters"
+    )
+    print_weights(manifest)
+    for spec in manifest.inputs:
+        print_line(f"input     {_spell(spec)}")
+    for spec in manifest.outputs:
+        print_line(f"output    {_spell(spec)}")
+    steps = manifest.preprocessing
+    print_line(
+        f"images    {steps.resize} to {steps.size[0]} x {steps.size[1]}, {steps.interpolation}, "
+        f"mean {_triple(steps.mean)}, std {_triple(steps.std)} ({steps.source})"
+    )
+    print_line(f"made with {', '.join(f'{name} {version}' for name, version in provenance.versions.items())}")
+    print_line(f"digest    {opened.digest}\n")
+    print_table(
+        "programs",
+        ("format", "file", "entry point", "batch", "opset"),
+        [
+            (p.format, p.file, p.entry_point or "-", str(p.batch), "-" if p.opset is None else str(p.opset))
+            for p in manifest.programs
+        ],
+        left=3,
+    )
+    print_line("")
+    print_table(
+        "files",
+        ("file", "sha256", "MB"),
+        [(record.file, record.sha256[:16], f"{record.nbytes / 1e6:,.1f}") for record in manifest.files],
+        left=2,
+    )
+
+
+def _spell(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
+
+
+def _triple(values: tuple[float, float, float]) -> str:
+    return "/".join(f"{value:g}" for value in values)

@@ -1,0 +1,235 @@
+"""Open an artifact and run it: any number of images over the frozen batch sizes.
+
+What `load` needs is imported by it, so that importing the package costs little more than numpy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from npu_runtime.errors import InputError, ProgramError, UsageError
+
+if TYPE_CHECKING:
+    from npu_runtime.artifact.schema import Manifest
+    from npu_runtime.artifact.store import Artifact
+    from npu_runtime.backends.base import Array, Session
+    from npu_runtime.devices import Device
+
+
+def load(
+    path: str | os.PathLike[str] | Artifact,
+    *,
+    device: str = "cpu",
+    backend: str | None = None,
+    batches: Iterable[int] | None = None,
+    threads: int | None = None,
+    weights: str | None = None,
+) -> Encoder:
+    """An encoder over the artifact in a folder.
+
+    `backend` is `onnxruntime` (or `onnx`), `torchscript`, or one that another package adds, such as
+    `eager`; without it, ONNX on the CPU where the artifact holds it, else TorchScript. `batches`
+    keeps to some of the frozen batch sizes. `threads` sets the CPU threads of one operator; for torch
+    it is a setting of the whole process. `weights` says where the checkpoint lies now, for `eager`.
+
+    The files that the backend opens are hashed first. Raises ArtifactError when the artifact is
+    missing, changed or too new, UsageError for a backend, batch size or device that does not exist,
+    UnavailableError when a package or device is not on this machine.
+    """
+    from npu_runtime.artifact.store import Artifact, open_artifact
+    from npu_runtime.backends.base import Options
+    from npu_runtime.backends.table import choose_backend, find_backend
+    from npu_runtime.devices import require_device
+
+    artifact = path if isinstance(path, Artifact) else open_artifact(path)
+    target = require_device(device)
+    name = backend or choose_backend(artifact.manifest, target)
+    opener = find_backend(name)
+    frozen = sorted({p.batch for p in artifact.manifest.programs_for(opener.format)})
+    if not frozen:
+        raise UsageError(
+            f"the artifact holds no program for the backend {name}",
+            where=artifact.path,
+            expected=" or ".join(artifact.manifest.formats()),
+            got=opener.format,
+            hint=f"export it again with --format {opener.format}",
+        )
+    chosen = frozen if batches is None else sorted(set(batches))
+    if not chosen or set(chosen) - set(frozen):
+        raise UsageError(
+            "the artifact was not frozen for this batch size",
+            where=artifact.path,
+            expected=", ".join(map(str, frozen)),
+            got=", ".join(map(str, chosen)) or "none",
+            hint="export it again with --batch",
+        )
+    if threads is not None and threads < 1:
+        raise UsageError("threads must be positive", expected="1 or more", got=threads)
+    session = opener.open(artifact, target, Options(tuple(chosen), threads, weights))
+    return Encoder(artifact, name, target, chosen, session)
+
+
+class Encoder:
+    """A vision encoder that runs frozen programs. Threads may share it; made by `load`."""
+
+    def __init__(
+        self, artifact: Artifact, backend: str, device: Device, batches: Sequence[int], session: Session
+    ) -> None:
+        self.artifact = artifact
+        self.backend = backend
+        self.device = device
+        self.batches = tuple(batches)
+        self._session: Session | None = session
+        self._input = self.manifest.inputs[0]
+        self._shape = self._input.of_batch(0)[1:]
+        self._outputs = {output.name: output for output in self.manifest.outputs}
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.artifact.manifest
+
+    def __call__(self, pixel_values: Array) -> Array:
+        """The first output of the manifest, the embedding [N, D], of `pixel_values` [N, 3, H, W]."""
+        name = self.manifest.outputs[0].name
+        return self.run(pixel_values, (name,))[name]
+
+    def run(
+        self, pixel_values: Array, outputs: Sequence[str] | None = None, *, allow_nonfinite: bool = False
+    ) -> dict[str, Array]:
+        """Outputs by name, float32 [N, ...], of `pixel_values`, float32 [N, 3, H, W], for any N.
+
+        Only the outputs asked for are copied; None asks for all. The arrays belong to the caller.
+        Raises InputError for another dtype, rank or size, and ProgramError when an output holds NaN
+        or infinity, unless `allow_nonfinite` says that the caller counts them.
+        """
+        names = tuple(self._outputs) if outputs is None else tuple(outputs)
+        self._check(pixel_values, names)
+        count = len(pixel_values)
+        plan = plan_batches(count, self.batches)
+        if plan == (count,):
+            results = dict(zip(names, self._run_batch(pixel_values, count, names)))
+        else:
+            results = {name: np.empty(self._outputs[name].of_batch(count), np.float32) for name in names}
+            start = 0
+            for size in plan:
+                stop = min(start + size, count)
+                for name, array in zip(names, self._run_batch(pixel_values[start:stop], size, names)):
+                    results[name][start:stop] = array[: stop - start]
+                start = stop
+        for name, array in results.items():
+            if not allow_nonfinite and not np.isfinite(array).all():
+                raise _nonfinite(name, array, pixel_values)
+        return results
+
+    def embed(self, images: Iterable[str | os.PathLike[str]]) -> Array:
+        """Embeddings [N, D] of image files, preprocessed as the manifest records.
+
+        Reads as many images at a time as the largest frozen batch. Raises InputError naming an image
+        that cannot be read.
+        """
+        from npu_runtime.preprocess import read_images
+
+        paths = list(images)
+        step = max(self.batches)
+        parts = [
+            self(read_images(paths[start : start + step], self.manifest.preprocessing))
+            for start in range(0, len(paths), step)
+        ]
+        return np.concatenate(parts) if parts else self(np.empty((0, *self._shape), np.float32))
+
+    def close(self) -> None:
+        """Release the session's memory; the encoder cannot run afterwards."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run_batch(self, pixel_values: Array, size: int, names: Sequence[str]) -> list[Array]:
+        """One program run; rows beyond the images are zero and their outputs mean nothing."""
+        if self._session is None:
+            raise UsageError("the encoder is closed", hint="load it again")
+        if len(pixel_values) < size:
+            padded = np.zeros((size, *self._shape), np.float32)
+            padded[: len(pixel_values)] = pixel_values
+            pixel_values = padded
+        return self._session.run(np.ascontiguousarray(pixel_values), names)
+
+    def _check(self, pixel_values: Array, names: Sequence[str]) -> None:
+        expected = f"numpy float32 [N, {', '.join(map(str, self._shape))}]"
+        if not isinstance(pixel_values, np.ndarray):
+            raise InputError(f"{self._input.name} is no array", expected=expected, got=type(pixel_values).__name__)
+        if pixel_values.dtype != np.float32:
+            raise InputError(
+                f"{self._input.name} has another dtype",
+                expected=expected,
+                got=f"{pixel_values.dtype} {list(pixel_values.shape)}",
+                hint="convert with .astype(numpy.float32)",
+            )
+        if pixel_values.shape[1:] != self._shape or pixel_values.ndim != len(self._shape) + 1:
+            raise InputError(
+                f"{self._input.name} has another shape",
+                expected=expected,
+                got=f"{pixel_values.dtype} {list(pixel_values.shape)}",
+                hint="add the batch dimension with array[None]" if pixel_values.shape == self._shape else None,
+            )
+        unknown = [name for name in names if name not in self._outputs]
+        if unknown or not names:
+            raise UsageError(
+                f"the encoder has no output {', '.join(unknown)}" if unknown else "no output was asked for",
+                expected=", ".join(self._outputs),
+            )
+
+
+@lru_cache(maxsize=1024)
+def plan_batches(count: int, batches: tuple[int, ...]) -> tuple[int, ...]:
+    """Batch sizes to run, largest first, whose sum is at least `count` with the least padding.
+
+    Of the plans with the least padding the one with the fewest runs is taken. Only the last run is
+    padded: padding as large as the smallest run would make that run unnecessary.
+    """
+    largest = max(batches)
+    # A best plan exists with fewer than `largest` runs of smaller sizes: of any `largest` of them,
+    # some add up to a multiple of `largest` and can be replaced by fewer runs. So all images beyond
+    # largest * largest go through the largest size, and the search below stays small.
+    bulk = max(0, (count - largest * largest) // largest)
+    rest = count - bulk * largest
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # images -> padding, runs, size of the last run
+    for images in range(1, rest + 1):
+        best.append(
+            min((size - images, 1, -size) if size >= images else _extend(best[images - size], size) for size in batches)
+        )
+    plan = [largest] * bulk
+    while rest > 0:
+        size = -best[rest][2]
+        plan.append(size)
+        rest -= size
+    return tuple(sorted(plan, reverse=True))
+
+
+def _extend(best: tuple[int, int, int], size: int) -> tuple[int, int, int]:
+    padding, runs, _ = best
+    return padding, runs + 1, -size
+
+
+def _nonfinite(name: str, array: Array, pixel_values: Array) -> ProgramError:
+    axes = tuple(range(1, array.ndim))
+    rows = np.flatnonzero(~np.isfinite(array).all(axis=axes))
+    inputs = np.flatnonzero(~np.isfinite(pixel_values[rows]).all(axis=(1, 2, 3)))
+    return ProgramError(
+        f"the output {name} holds NaN or infinity",
+        where=f"images {', '.join(map(str, rows[:10]))}{', …' if len(rows) > 10 else ''} of {len(array)}",
+        expected="finite values",
+        hint="pixel_values of these images hold NaN or infinity too"
+        if len(inputs) == len(rows)
+        else "check the program with npu-runtime verify",
+    )

@@ -1,0 +1,79 @@
+"""Errors that say what, where, expected, got, and what to do next."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class Error(Exception):
+    """Base of every error that this project raises on purpose.
+
+    `exit_code` is what the commands return for it: 1 failed, 2 wrong usage, 3 parity failed,
+    4 device or dependency missing.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.expected = None if expected is None else str(expected)
+        self.got = None if got is None else str(got)
+        self.hint = hint
+        super().__init__(what)
+
+    def fields(self) -> dict[str, str]:
+        """The parts of the message that are known, in the order in which they are read."""
+        parts = {
+            "what": self.what,
+            "where": self.where,
+            "expected": self.expected,
+            "got": self.got,
+            "next": self.hint,
+        }
+        return {name: text for name, text in parts.items() if text is not None}
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for name, text in self.fields().items():
+            if name != "what":
+                lines.append(f"  {name + ':':<10}" + text.replace("\n", "\n" + " " * 12))
+        return "\n".join(lines)
+
+
+class UsageError(Error):
+    """The caller asked for something that does not exist or does not fit together."""
+
+    exit_code = 2
+
+
+class InputError(Error, ValueError):
+    """An array or an image that the encoder cannot take."""
+
+
+class ArtifactError(Error):
+    """The artifact on disk is missing something, changed, or newer than this reader."""
+
+
+class ProgramError(Error):
+    """A program ran and gave what no correct program gives, such as NaN."""
+
+
+class ParityError(Error):
+    """Outputs are farther from the reference than the tolerance allows."""
+
+    exit_code = 3
+
+
+class UnavailableError(Error):
+    """A device, a backend or a package that was asked for is not on this machine."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""How far outputs are from the reference, and whether that is near enough."""

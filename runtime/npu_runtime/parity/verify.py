@@ -1,0 +1,57 @@
+"""Parity of an artifact's programs against its stored reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from npu_runtime.artifact.store import Artifact
+from npu_runtime.backends.table import find_backend
+from npu_runtime.encoder import load
+from npu_runtime.parity.metrics import Check, Metrics, compare, judge
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramParity:
+    """One output of one program against the reference."""
+
+    backend: str
+    device: str
+    batch: int
+    output: str
+    metrics: Metrics
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Every check passed; an output without a tolerance is not judged and does not pass."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+
+def measure_parity(
+    artifact: Artifact,
+    *,
+    backend: str,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Iterator[ProgramParity]:
+    """Parity of each frozen batch size, one file open at a time, so that memory holds few weights.
+
+    Every row of a batch is a recorded image, no two neighbours the same where more than one is
+    recorded, so a program that mixes its rows is caught. Raises what `load` raises.
+    """
+    inputs, expected = artifact.read_reference()
+    sizes_of: dict[str, list[int]] = {}
+    for program in artifact.manifest.programs_for(find_backend(backend).format):
+        sizes_of.setdefault(program.file, []).append(program.batch)
+    for sizes in sizes_of.values():
+        with load(artifact, device=device, backend=backend, batches=sizes, threads=threads) as encoder:
+            for size in encoder.batches:
+                rows = np.arange(size) % len(inputs)
+                outputs = encoder.run(inputs[rows], allow_nonfinite=True)
+                for output, actual in outputs.items():
+                    metrics = compare(actual, expected[output][rows])
+                    checks = judge(output, metrics, artifact.manifest.tolerances)
+                    yield ProgramParity(encoder.backend, str(encoder.device), size, output, metrics, checks)

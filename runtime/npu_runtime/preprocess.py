@@ -1,0 +1,57 @@
+"""Image files to `pixel_values`, from the manifest alone, with pillow and numpy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from npu_runtime.artifact.schema import Preprocessing
+from npu_runtime.errors import InputError, UnavailableError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Array = npt.NDArray[np.float32]
+
+
+def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing) -> Array:
+    """`pixel_values`, float32 [N, 3, H, W], of image files.
+
+    Raises InputError with the path of the first file that is missing or no image.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise UnavailableError("reading images needs pillow", hint="pip install pillow") from error
+    height, width = preprocessing.size
+    pixel_values = np.empty((len(paths), 3, height, width), np.float32)
+    for row, path in zip(pixel_values, paths):
+        try:
+            with Image.open(path) as image:
+                row[:] = preprocess(image, preprocessing)
+        except UnidentifiedImageError:
+            raise InputError("this file is no image that pillow reads", where=path) from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError("the image cannot be read", where=path, got=error) from error
+    return pixel_values
+
+
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Array:
+    """One image as float32 [3, H, W].
+
+    Upright by its EXIF orientation, as RGB, resized in 8 bits as Hugging Face's ViTImageProcessor and
+    timm's transforms do, scaled to 0..1, then `(x - mean) / std`.
+    """
+    from PIL import Image, ImageOps
+
+    resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    height, width = preprocessing.size
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    resized = upright.resize((width, height), resample[preprocessing.interpolation])
+    pixels = np.asarray(resized, np.float32) / np.float32(255)
+    normalised = (pixels - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))

@@ -1,0 +1,49 @@
+"""What the backends that run on torch share: arrays and tensors, threads, warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+Array = npt.NDArray[np.float32]
+
+
+def tensor_from_array(array: Array) -> torch.Tensor:
+    """A tensor over the array's memory; over a copy where the array is read-only, which torch cannot share."""
+    import torch
+
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def array_from_tensor(tensor: torch.Tensor) -> Array:
+    """A C-contiguous array that holds on to no more memory than it shows.
+
+    An output may be a view of a larger one (the CLS row of all tokens); that one is copied.
+    """
+    array: Array = tensor.numpy()
+    return array if array.flags.c_contiguous and tensor.untyped_storage().nbytes() == array.nbytes else array.copy()
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's threads for one operator, which is a setting of the whole process; None leaves it."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def without_jit_deprecation() -> Iterator[None]:
+    """torch deprecates torch.jit in favour of torch.export, whose programs torch-npu does not load."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is (deprecated|not supported)", category)
+        yield

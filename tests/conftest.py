@@ -1,0 +1,53 @@
+"""Fixtures that both trees share: a tiny encoder, its checkpoint and its artifact."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import save_file
+
+from npu_export.pipeline import export
+from npu_export.weights import find_weights
+
+tiny.register()
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny encoder's seeded weights in Hugging Face's layout. Not to be changed."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    seeded = find_weights(tiny.TINY, "random:0")
+    save_file({name: seeded.read(name) for name in seeded.shapes}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny encoder's artifact: both formats, batch 1 and 4. Not to be changed."""
+    output = tmp_path_factory.mktemp("artifact") / "tiny-vit-fp32"
+    return export("tiny-vit", weights=str(tiny_checkpoint), batch=(1, 4), output=output)
+
+
+@pytest.fixture
+def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny artifact that a test may damage."""
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `npu-export` or `npu-runtime`, with the tiny encoder known, in a process of its own."""
+
+    def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(HERE / "tiny.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload, no-any-return]
+
+    return run
