@@ -1,0 +1,192 @@
+"""Speed and memory of vit-base as ratios, both sides of each in one run. Prints a table, writes a record.
+
+Run it on an idle machine: `.venv/bin/python scripts/benchmark.py --output build/benchmark.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from npu_runtime import Encoder, load
+from npu_runtime.environment import describe_environment
+
+HERE = Path(__file__).resolve().parent
+LAYOUT = HERE.parent / "tests/data/layouts/vit.hf.tsv"
+FIRST_ONNX = """
+import sys, numpy, npu_runtime
+npu_runtime.load(sys.argv[1])(numpy.zeros((1, 3, 224, 224), numpy.float32))
+"""
+FIRST_EAGER = """
+import sys, torch
+from npu_export.checkpoint import open_checkpoint
+from npu_export.encoders import find_encoder
+from npu_export.network import load_network, plan_weights
+from pathlib import Path
+encoder = find_encoder("vit-base")
+network = load_network(plan_weights(encoder, open_checkpoint(Path(sys.argv[1]))))
+with torch.inference_mode():
+    encoder.with_outputs(network)(torch.zeros(1, 3, 224, 224))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison. `ratio` is the median over rounds of ours / other, so that drift cancels."""
+
+    what: str
+    ours: float
+    other: float
+    unit: str
+    ratio: float
+    limit: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="where the record is written")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each comparison")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        checkpoint, artifact = work / "checkpoint", work / "artifact"
+        run([sys.executable, str(HERE / "make_checkpoint.py"), str(LAYOUT), str(checkpoint)])
+        rows += compare_exports(checkpoint, artifact, work)
+        rows += compare_processes(checkpoint, artifact, arguments.rounds)
+        rows += compare_calls(checkpoint, artifact, work, arguments.rounds)
+    for row in rows:
+        print(f"{row.what:<60} {row.ours:>8.1f} {row.other:>8.1f} {row.unit} {row.ratio:>7.3f}   {row.limit}")
+    record = {
+        "record": "benchmark",
+        "environment": describe_environment(),
+        "rows": [asdict(row) for row in rows],
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def compare_exports(checkpoint: Path, artifact: Path, work: Path) -> list[Row]:
+    """Peak memory of an export, and disk for weights of four batch sizes against one."""
+    command = ["npu-export", "--model", "vit-base", "--weights", str(checkpoint)]
+    peak_mb = run([*command, "--batch", "1,4", "--output", str(artifact)])
+    weights_mb = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6
+    run([*command, "--format", "onnx", "--batch", "1,2,4,8", "--output", str(work / "four")])
+    one, four = ((folder / "weights.onnx.data").stat().st_size / 1e6 for folder in (artifact, work / "four"))
+    limit_mb = weights_mb + 1200
+    return [
+        Row(
+            "peak memory of an export / fp32 weights + 1200 MB",
+            peak_mb,
+            limit_mb,
+            "MB",
+            peak_mb / limit_mb,
+            "at most 1",
+        ),
+        Row("disk for ONNX weights, four batch sizes / two", four, one, "MB", four / one, "1"),
+    ]
+
+
+def compare_processes(checkpoint: Path, artifact: Path, rounds: int) -> list[Row]:
+    """Import time, and a fresh process up to its first embedding."""
+
+    def process(code: str, *arguments: object) -> Callable[[], object]:
+        return lambda: run([sys.executable, "-c", code, *map(str, arguments)])
+
+    imports = interleave([process("import npu_runtime"), process("import numpy")], rounds)
+    first = interleave([process(FIRST_ONNX, artifact), process(FIRST_EAGER, checkpoint)], max(3, rounds // 3))
+    return [
+        compare("import npu_runtime / import numpy, fresh process", *imports, "at most 1.5"),
+        compare("process to first embedding, ONNX / eager", *first, "at most 0.25"),
+    ]
+
+
+def compare_calls(checkpoint: Path, artifact: Path, work: Path, rounds: int) -> list[Row]:
+    """A call through this project against the raw session, an export by hand, and eager."""
+    import onnxruntime
+
+    threads = len(os.sched_getaffinity(0))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    eager = load(artifact, backend="eager", threads=threads)
+    ours = load(artifact, threads=threads)
+    rows: list[Row] = []
+    for batch in (1, 4):
+        x = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
+        raw = onnxruntime.InferenceSession(str(artifact / f"model.b{batch}.onnx"), options)
+        hand = onnxruntime.InferenceSession(str(export_by_hand(eager, x, work)), options)
+
+        def run_raw(x: np.ndarray = x, raw: onnxruntime.InferenceSession = raw) -> object:
+            return raw.run(["embedding"], {"pixel_values": x})
+
+        def run_hand(x: np.ndarray = x, hand: onnxruntime.InferenceSession = hand) -> object:
+            return hand.run(None, {hand.get_inputs()[0].name: x})
+
+        mine, by_raw, by_hand, by_eager = interleave(
+            [lambda x=x: ours(x), run_raw, run_hand, lambda x=x: eager(x)], rounds * 2
+        )
+        rows += [
+            compare(f"call / raw onnxruntime session, batch {batch}", mine, by_raw, "at most 1.02, or 0.1 ms more"),
+            compare(f"ONNX artifact / torch.onnx.export by hand, batch {batch}", mine, by_hand, "at most 1"),
+            compare(f"ONNX artifact / eager, batch {batch}", mine, by_eager, "below 1"),
+        ]
+    return rows
+
+
+def compare(what: str, ours: Sequence[float], other: Sequence[float], limit: str) -> Row:
+    """A row of two lists of milliseconds, taken in the same rounds."""
+    ratio = median(a / b for a, b in zip(ours, other))
+    return Row(what, median(ours), median(other), "ms", ratio, limit)
+
+
+def export_by_hand(eager: Encoder, x: np.ndarray, work: Path) -> Path:
+    """What a user writes without this project: torch.onnx.export of the network with its defaults."""
+    import torch
+
+    path = work / f"hand.b{len(x)}.onnx"
+    module = eager._session._module  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (torch.from_numpy(x),), str(path), dynamo=True, verbose=False)
+    return path
+
+
+def interleave(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each call, one of each a round in rotating order, after a warm-up round."""
+    samples: list[list[float]] = [[] for _ in calls]
+    for index in range(rounds + 1):
+        for turn in range(len(calls)):
+            which = (turn + index) % len(calls)
+            time.sleep(0.02)  # threads of the call before spin for work a while
+            start = time.perf_counter()
+            calls[which]()
+            if index:
+                samples[which].append(1000 * (time.perf_counter() - start))
+    return samples
+
+
+def run(command: Sequence[str]) -> float:
+    """Run a process, its output kept back, and return its own peak memory in MB."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        errors = process.stderr.read() if process.stderr else ""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}\n{errors}")
+    return usage.ru_maxrss * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    main()

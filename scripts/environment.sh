@@ -1,0 +1,24 @@
+# Sourced by the other scripts: .venv with the pinned dependencies, made once and again when the pins change.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+pins=$(cat pyproject.toml constraints.txt | sha256sum)
+if [ "$(cat .venv/pins 2>/dev/null)" != "$pins" ]; then
+  python=${PYTHON:-}
+  for candidate in python3.11 python3.12 python3.13 python3; do
+    [ -n "$python" ] && break
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      python=$candidate
+    fi
+  done
+  if [ -z "$python" ]; then
+    echo "The pinned environment needs Python 3.11, 3.12 or 3.13. Name one with PYTHON=/path/to/python3.11." >&2
+    exit 4
+  fi
+  echo "Making .venv with $("$python" --version) and the pinned dependencies; this is done once." >&2
+  "$python" -m venv --clear .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt --editable ".[export,dev]"
+  echo "$pins" >.venv/pins
+fi
+PATH="$PWD/.venv/bin:$PATH"
