@@ -43,12 +43,12 @@ def load(
     """
     from npu_runtime.artifact.store import Artifact, open_artifact
     from npu_runtime.backends.base import Options
-    from npu_runtime.backends.table import choose_backend, find_backend
+    from npu_runtime.backends.table import FORMATS, choose_backend, find_backend
     from npu_runtime.devices import require_device
 
     artifact = path if isinstance(path, Artifact) else open_artifact(path)
     target = require_device(device)
-    name = backend or choose_backend(artifact.manifest, target)
+    name = choose_backend(artifact.manifest, target) if backend is None else FORMATS.get(backend, backend)
     opener = find_backend(name)
     frozen = sorted({p.batch for p in artifact.manifest.programs_for(opener.format)})
     if not frozen:
@@ -109,16 +109,20 @@ class Encoder:
         """
         names = tuple(self._outputs) if outputs is None else tuple(outputs)
         self._check(pixel_values, names)
+        session = self._session
+        if session is None:
+            raise UsageError("the encoder is closed", hint="load it again")
         count = len(pixel_values)
         plan = plan_batches(count, self.batches)
         if plan == (count,):
-            results = dict(zip(names, self._run_batch(pixel_values, count, names)))
+            results = dict(zip(names, self._run_batch(session, pixel_values, count, names)))
         else:
             results = {name: np.empty(self._outputs[name].of_batch(count), np.float32) for name in names}
             start = 0
             for size in plan:
                 stop = min(start + size, count)
-                for name, array in zip(names, self._run_batch(pixel_values[start:stop], size, names)):
+                arrays = self._run_batch(session, pixel_values[start:stop], size, names)
+                for name, array in zip(names, arrays):
                     results[name][start:stop] = array[: stop - start]
                 start = stop
         for name, array in results.items():
@@ -134,6 +138,8 @@ class Encoder:
         """
         from npu_runtime.preprocess import read_images
 
+        if isinstance(images, (str, bytes, os.PathLike)):
+            raise InputError("images is one path", expected="a list of paths", got=repr(images), hint="write [path]")
         paths = list(images)
         step = max(self.batches)
         parts = [
@@ -154,15 +160,13 @@ class Encoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run_batch(self, pixel_values: Array, size: int, names: Sequence[str]) -> list[Array]:
+    def _run_batch(self, session: Session, pixel_values: Array, size: int, names: Sequence[str]) -> list[Array]:
         """One program run; rows beyond the images are zero and their outputs mean nothing."""
-        if self._session is None:
-            raise UsageError("the encoder is closed", hint="load it again")
         if len(pixel_values) < size:
             padded = np.zeros((size, *self._shape), np.float32)
             padded[: len(pixel_values)] = pixel_values
             pixel_values = padded
-        return self._session.run(np.ascontiguousarray(pixel_values), names)
+        return session.run(np.ascontiguousarray(pixel_values), names)
 
     def _check(self, pixel_values: Array, names: Sequence[str]) -> None:
         expected = f"numpy float32 [N, {', '.join(map(str, self._shape))}]"

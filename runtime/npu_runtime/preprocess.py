@@ -44,14 +44,19 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Array:
     """One image as float32 [3, H, W].
 
     Upright by its EXIF orientation, as RGB, resized in 8 bits as Hugging Face's ViTImageProcessor and
-    timm's transforms do, scaled to 0..1, then `(x - mean) / std`.
+    timm's transforms do, scaled to 0..1, then `(x - mean) / std`. Raises ValueError for more than 8 bits
+    of grey, which pillow clips to white.
     """
     from PIL import Image, ImageOps
 
     resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     height, width = preprocessing.size
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    resized = upright.resize((width, height), resample[preprocessing.interpolation])
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode[0] in "IF":
+        raise ValueError(f"pillow mode {upright.mode} has more than 8 bits a channel; scale it to 8 bits first")
+    if upright.mode == "P":  # pillow warns of a palette with alpha that goes to RGB directly; the colours are the same
+        upright = upright.convert("RGBA")
+    resized = upright.convert("RGB").resize((width, height), resample[preprocessing.interpolation])
     pixels = np.asarray(resized, np.float32) / np.float32(255)
     normalised = (pixels - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))

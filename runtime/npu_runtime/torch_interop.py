@@ -34,9 +34,9 @@ def array_from_tensor(tensor: torch.Tensor) -> Array:
 
 def set_threads(threads: int | None) -> None:
     """Set torch's threads for one operator, which is a setting of the whole process; None leaves it."""
-    if threads is not None:
-        import torch
+    import torch
 
+    if threads is not None:
         torch.set_num_threads(threads)
 
 

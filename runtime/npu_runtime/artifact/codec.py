@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -11,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from npu_runtime.artifact.schema import SCHEMA_MAJOR, SCHEMA_MINOR, Manifest
+from npu_runtime.artifact.schema import SCHEMA_MAJOR, SCHEMA_MINOR, Manifest, TensorSpec
 from npu_runtime.errors import ArtifactError
 
 
@@ -38,11 +40,12 @@ def decode_manifest(text: str, where: str) -> Manifest:
     """The manifest in `text`, read from `where`.
 
     A newer minor schema is read and what it adds is ignored. Raises ArtifactError for a newer major
-    schema, for JSON that is not a manifest, and for paths that leave the folder.
+    schema, for JSON that is not a manifest, for paths that leave the folder, and for values that no
+    artifact has, such as a batch of 0.
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(
             "the manifest is not JSON", where=where, got=error, hint="export the artifact again"
         ) from error
@@ -55,8 +58,8 @@ def decode_manifest(text: str, where: str) -> Manifest:
 
 def _check_schema(document: Any, where: str) -> int:
     version = document.get("schema") if isinstance(document, dict) else None
-    parts = version.split(".") if isinstance(version, str) else []
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+    match = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
+    if match is None:
         raise ArtifactError(
             "the manifest names no schema version",
             where=where,
@@ -64,15 +67,16 @@ def _check_schema(document: Any, where: str) -> int:
             got=json.dumps(version),
             hint="this is not an artifact that npu-export wrote; export it again",
         )
-    if int(parts[0]) != SCHEMA_MAJOR:
+    major, minor = int(match[1]), int(match[2])
+    if major != SCHEMA_MAJOR:
         raise ArtifactError(
             "the artifact has another major schema version",
             where=where,
             expected=f"schema {SCHEMA_MAJOR}.x",
             got=f"schema {version}",
-            hint="upgrade npu-export to read it" if int(parts[0]) > SCHEMA_MAJOR else "export it again",
+            hint="upgrade npu-export to read it" if major > SCHEMA_MAJOR else "export it again",
         )
-    return int(parts[1])
+    return minor
 
 
 def _decode(kind: Any, value: Any, where: str, at: str, lenient: bool) -> Any:
@@ -127,7 +131,9 @@ def _is_scalar(kind: Any, value: Any) -> bool:
         return value is None
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+    if kind is float:  # json reads NaN, Infinity and 1e999; a limit of those would judge nothing
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return typing.get_origin(kind) is None and isinstance(value, kind)
 
 
 def _describe(kind: Any) -> str:
@@ -135,11 +141,12 @@ def _describe(kind: Any) -> str:
 
 
 def _check_consistent(manifest: Manifest, where: str) -> None:
-    """Refuse what types cannot: paths that leave the folder, and names that point at nothing."""
+    """Refuse what types cannot: paths that leave the folder, names that point at nothing, impossible values."""
     records = {record.file: record for record in manifest.files}
     for name in records:
         path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+        inside = name.isprintable() and not path.is_absolute() and ".." not in path.parts and path.name
+        if not inside or "\\" in name or str(path) != name:
             raise ArtifactError(
                 "the manifest lists a path outside the artifact",
                 where=where,
@@ -150,13 +157,16 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     used = {manifest.reference.file: None}
     for program in manifest.programs:
         used.update(dict.fromkeys((program.file, *program.needs)))
-        record = records.get(program.file)
-        if record is not None and record.sha256 != program.sha256:
+    hashes = [(listed.file, listed.sha256) for listed in manifest.files]
+    hashes += [(program.file, program.sha256) for program in manifest.programs]
+    for name, sha256 in hashes:
+        record = records.get(name)
+        if record is not None and record.sha256 != sha256:
             raise ArtifactError(
                 "the manifest gives two hashes for one file",
-                where=f"{where}: {program.file}",
+                where=f"{where}: {name}",
                 expected=record.sha256,
-                got=program.sha256,
+                got=sha256,
                 hint="the file was edited; export the artifact again",
             )
     names = {output.name for output in manifest.outputs}
@@ -170,3 +180,21 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
             got=", ".join(unknown) or "an empty list",
             hint="the file was edited or damaged; export the artifact again",
         )
+    impossible = [f"batch {p.batch} of {p.file}" for p in manifest.programs if p.batch < 1]
+    impossible += [f"shape {list(s.shape)} of {s.name}" for s in (*manifest.inputs, *manifest.outputs) if not _fixed(s)]
+    impossible += [] if min(manifest.preprocessing.size) > 0 else [f"image size {list(manifest.preprocessing.size)}"]
+    impossible += [] if all(manifest.preprocessing.std) else [f"std {list(manifest.preprocessing.std)}"]
+    impossible += [] if manifest.reference.seeds else ["a reference without images"]
+    if impossible:
+        raise ArtifactError(
+            "the manifest has values that no artifact has",
+            where=where,
+            expected='batches and sizes of 1 or more, shapes that start with "B", deviations other than 0',
+            got=", ".join(impossible),
+            hint="the file was edited or damaged; export the artifact again",
+        )
+
+
+def _fixed(spec: TensorSpec) -> bool:
+    """The shape is the batch, then sizes."""
+    return spec.shape[:1] == ("B",) and all(isinstance(size, int) and size > 0 for size in spec.shape[1:])

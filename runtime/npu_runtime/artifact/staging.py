@@ -10,17 +10,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from npu_runtime.artifact.schema import MANIFEST_NAME
-from npu_runtime.errors import UsageError
+from npu_runtime.errors import Error, UsageError
 
 PARTIAL = "partial"
 REPLACED = "replaced"
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No room, no quota, or a file larger than this process may write."""
 
 
 def check_output(final: Path, *, force: bool) -> None:
@@ -38,66 +43,114 @@ def check_output(final: Path, *, force: bool) -> None:
             hint="pass --output with another folder, or --force to replace this artifact",
         )
     replaceable = final.is_dir() and not final.is_symlink()
-    if not replaceable or (any(final.iterdir()) and not (final / MANIFEST_NAME).is_file()):
+    foreign = _foreign_files(final) if replaceable else [final.name]
+    if foreign:
         raise UsageError(
-            "the output exists and is no artifact, so --force does not replace it",
+            "the output exists and is not just an artifact, so --force does not replace it",
             where=final,
-            expected=f"an empty folder, or one with {MANIFEST_NAME}",
+            expected=f"an empty folder, or {MANIFEST_NAME} and the files that it lists",
+            got=", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else ""),
             hint="pass --output with another folder",
         )
 
 
 @contextlib.contextmanager
 def stage(final: Path, *, force: bool = False) -> Iterator[Path]:
-    """A new folder that becomes `final` when the block ends, and is removed when it raises."""
+    """A new folder that becomes `final` when the block ends, and is removed when it raises.
+
+    Raises Error where the folder cannot be made and where the disk takes no more bytes.
+    """
     final = final.absolute()
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(final.parent, wait=True):
-        clean_leftovers(final)
-        check_output(final, force=force)
-        partial = _sibling(final, PARTIAL)
-        partial.mkdir()
-        lock = contextlib.ExitStack()
-        lock.enter_context(_locked(partial, wait=False))
+    lock = contextlib.ExitStack()
     try:
-        with lock:
-            yield partial
-            _sync(partial)
-            _put_in_place(partial, final, force)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(final.parent, wait=True):
+            clean_leftovers(final)
+            check_output(final, force=force)
+            partial = _sibling(final, PARTIAL)
+            partial.mkdir()
+            lock.enter_context(_locked(partial, wait=False))
+    except OSError as error:
+        raise Error(
+            "the output cannot be written", where=final, got=error, hint="pass --output with another folder"
+        ) from error
+    with lock:
+        try:
+            with explain_full_disk(final):
+                yield partial
+                _sync(partial)
+                _put_in_place(partial, final, force)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def explain_full_disk(output: Path) -> Iterator[None]:
+    """Raise Error that says so where the disk takes no more bytes of `output`; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise Error(
+            "the disk takes no more bytes",
+            where=output,
+            got=error,
+            hint="free some room or raise the quota, or pass --output on another disk",
+        ) from error
 
 
 def clean_leftovers(final: Path) -> None:
     """Remove what killed runs left beside `final`; put back an artifact that was being replaced."""
-    for leftover in final.parent.glob(f".{final.name}.*-*"):
-        kind = leftover.name[len(final.name) + 2 :].split("-")[0]
-        if kind not in (PARTIAL, REPLACED):
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.({PARTIAL}|{REPLACED})-[0-9a-f]{{8}}")
+    for leftover in sorted(final.parent.iterdir()):
+        match = pattern.fullmatch(leftover.name)
+        if match is None or leftover.is_symlink() or not leftover.is_dir():
             continue
         try:
             with _locked(leftover, wait=False) as held:
                 if not held:
                     continue  # nobody can tell whether its process lives
-                if kind == REPLACED and not final.exists():
+                if match[1] == REPLACED and not final.exists():
                     leftover.rename(final)
                 else:
                     shutil.rmtree(leftover)
-        except BlockingIOError:
-            continue  # a living process holds it
+        except (BlockingIOError, FileNotFoundError):
+            continue  # a living process holds it, or has just removed it
 
 
 def _put_in_place(partial: Path, final: Path, force: bool) -> None:
     with _locked(final.parent, wait=True):
         check_output(final, force=force)
-        replaced = None
-        if final.exists():
-            replaced = _sibling(final, REPLACED)
-            final.rename(replaced)
-        partial.rename(final)
+        replaced = _sibling(final, REPLACED) if final.exists() else None
+        try:
+            if replaced is not None:
+                final.rename(replaced)
+            partial.rename(final)
+        except BaseException:  # Ctrl-C between the renames among them
+            if replaced is not None and replaced.exists() and not final.exists():
+                replaced.rename(final)
+            raise
         _sync_folder(final.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Files in a folder that are not an artifact's, of whatever version; all where it holds none.
+
+    Web pages and browser extensions have a manifest.json too.
+    """
+    present = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    try:
+        document = json.loads((folder / MANIFEST_NAME).read_bytes())
+        listed = {MANIFEST_NAME, *(record["file"] for record in document["files"])}
+        if not document.keys() >= {"schema", "encoder", "programs"}:
+            return present
+    except (OSError, ValueError, KeyError, TypeError):
+        return present
+    return [name for name in present if name not in listed]
 
 
 def _sibling(final: Path, kind: str) -> Path:

@@ -26,19 +26,22 @@ class Artifact:
     manifest: Manifest
     digest: str
     """sha256 of manifest.json, which holds the hash of every other file."""
-    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
+    _checked: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """File -> its stamp when it was found as the manifest says."""
 
     def checked_path(self, name: str) -> Path:
         """Path of a listed file, after its size and sha256 were found as the manifest says.
 
-        A file is hashed once for each opened artifact. Raises ArtifactError when it is missing,
-        changed, or a link that leaves the folder.
+        A file is hashed once for each opened artifact, and again when it was written or replaced since.
+        Raises ArtifactError when it is missing, changed, or a link that leaves the folder.
         """
         record = next(record for record in self.manifest.files if record.file == name)
         path = self.path / name
-        if name not in self._checked:
+        stamp = _stamp(path)
+        if stamp is None or self._checked.get(name) != stamp:
             _check_file(self.path, path, record)
-            self._checked.add(name)
+            if stamp is not None:
+                self._checked[name] = stamp
         return path
 
     def check_files(self, names: Iterable[str] | None = None) -> None:
@@ -48,10 +51,17 @@ class Artifact:
 
     def read_reference(self) -> tuple[Array, dict[str, Array]]:
         """Recorded `pixel_values` [N, 3, H, W] and the reference outputs by name, [N, ...] each."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         manifest = self.manifest
-        tensors = load_file(self.checked_path(manifest.reference.file))
+        path = self.checked_path(manifest.reference.file)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ArtifactError(
+                "the reference is no safetensors file", where=path, got=error, hint="export the artifact again"
+            ) from error
         specs = (*manifest.inputs, *manifest.outputs)
         count = len(manifest.reference.seeds)
         for spec in specs:
@@ -59,7 +69,7 @@ class Artifact:
             if got is None or got.shape != spec.of_batch(count) or got.dtype != spec.dtype:
                 raise ArtifactError(
                     f"the reference does not hold {spec.name} as the manifest says",
-                    where=self.path / manifest.reference.file,
+                    where=path,
                     expected=f"{spec.dtype} {list(spec.of_batch(count))}",
                     got="nothing" if got is None else f"{got.dtype} {list(got.shape)}",
                     hint="export the artifact again",
@@ -106,6 +116,15 @@ def record_file(folder: Path, name: str) -> FileRecord:
     """Size and sha256 of a file as it is on disk now."""
     path = folder / name
     return FileRecord(name, path.stat().st_size, sha256_file(path))
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None where there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _check_file(folder: Path, path: Path, record: FileRecord) -> None:

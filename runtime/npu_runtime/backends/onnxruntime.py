@@ -35,7 +35,7 @@ class OnnxRuntimeSession:
     """One `InferenceSession` for each batch size, created when that size is first run.
 
     Each keeps weights of its own in memory, packed for its matrix products, so a size that is never
-    used costs nothing.
+    used costs nothing. Files that were replaced since the encoder was loaded are refused.
     """
 
     def __init__(self, artifact: Artifact, programs: Sequence[Program], threads: int | None) -> None:
@@ -71,7 +71,8 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3  # errors; they are raised as well
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        path = self._artifact.path / program.file
+        self._artifact.check_files(program.needs)
+        path = self._artifact.checked_path(program.file)
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
         except Exception as error:  # onnxruntime's own classes share no public base but Exception

@@ -18,10 +18,9 @@ class TorchScriptBackend:
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> TorchScriptSession:
         try:
-            import torch  # noqa: F401
+            set_threads(options.threads)
         except ImportError as error:
             raise missing_package("torch", "torch", "torchscript") from error
-        set_threads(options.threads)
         return TorchScriptSession(artifact, programs_of(artifact, self.format, options), device)
 
 
@@ -31,7 +30,9 @@ class TorchScriptSession:
     def __init__(self, artifact: Artifact, programs: Sequence[Program], device: Device) -> None:
         import torch
 
-        self._names = [output.name for output in artifact.manifest.outputs]
+        self._path = artifact.path
+        self._outputs = artifact.manifest.outputs
+        self._names = [output.name for output in self._outputs]
         self._lock = threading.Lock()
         self._methods = {}
         modules = {}
@@ -58,7 +59,22 @@ class TorchScriptSession:
 
         with torch.inference_mode():
             results = self._methods[len(pixel_values)](tensor_from_array(pixel_values))
+        self._check_results(results, len(pixel_values))
         return [array_from_tensor(results[self._names.index(name)]) for name in outputs]
 
     def close(self) -> None:
         self._methods.clear()
+
+    def _check_results(self, results: object, batch: int) -> None:
+        """The outputs are the manifest's, in its order; a TorchScript file does not say so itself."""
+        expected = [f"{output.dtype} {list(output.of_batch(batch))}" for output in self._outputs]
+        given = results if isinstance(results, tuple) else ()
+        got = [f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.") for tensor in given]
+        if got != expected:
+            raise ArtifactError(
+                "the TorchScript program gives other outputs than the manifest says",
+                where=self._path,
+                expected=f"a tuple of {', '.join(expected)}",
+                got=", ".join(got) or type(results).__name__,
+                hint="export the artifact again",
+            )

@@ -25,13 +25,18 @@ EAGER = "eager"
 
 @click.command()
 @artifact_argument
-@click.option("--backend", "backends", multiple=True, metavar="NAME", help="Repeat for several. [eager and all frozen]")
-@click.option("--batch", callback=parse_batches, metavar="N,N…", help="Batch sizes. [all that are frozen]")
+@click.option(
+    "--backend", "backends", multiple=True, metavar="NAME", help="Repeat for several.  [default: eager and all frozen]"
+)
+@click.option("--batch", callback=parse_batches, metavar="N,N…", help="Batch sizes.  [default: all that are frozen]")
 @click.option("--iterations", type=click.IntRange(min=1), default=100, show_default=True, help="Timed rounds.")
 @click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds before them.")
-@click.option("--weights", metavar="FILE|DIR", help="Where the checkpoint lies now, for eager. [as recorded]")
+@click.option("--weights", metavar="FILE|DIR", help="Where the checkpoint lies now, for eager.  [default: as recorded]")
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads for one operator. [cores of this process]"
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads for one operator.  [default: cores of this process]",
 )
 @device_option
 @json_option
@@ -149,7 +154,8 @@ def _open(
 @contextlib.contextmanager
 def _round_bar(total: int) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("measure"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"), TimeRemainingColumn())
-    with Progress(*columns, console=narration(), transient=True) as bar:
+    console = narration()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from npu_runtime.artifact.schema import Manifest
-from npu_runtime.errors import Error
+from npu_runtime.errors import Error, UnavailableError
 
 LEAST_TABLE_WIDTH = 140
 INTERRUPTED = 130
@@ -52,9 +53,19 @@ def print_line(text: str, *, warn: bool = False) -> None:
     Console(highlight=False, soft_wrap=True).print(Text(text, style="bold yellow" if warn else ""))
 
 
+def spell_nbytes(nbytes: int) -> str:
+    """A size as people read it, in units of 1000 bytes."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
+
+
 def print_weights(manifest: Manifest) -> None:
     """The line that every result repeats: whose weights these are."""
     print_line(f"weights   {manifest.weights_summary()}", warn=manifest.provenance.weights.random_seed is not None)
+
+
+def print_error(error: Error) -> None:
+    """The message of an error on stderr."""
+    narration().print(Text.assemble(("error: ", "bold red"), str(error)))
 
 
 class StepProgress:
@@ -68,16 +79,17 @@ class StepProgress:
     def step(self, name: str) -> Iterator[None]:
         start = time.monotonic()
         self._detail = ""
-        with (
-            Live(_Running(name, start), console=self._console, transient=True, refresh_per_second=8)
-            if self._console.is_terminal
-            else contextlib.nullcontext()
-        ):
-            yield
-        line = Text.assemble(("✓ ", "green"), f"{name:<44}", (f"{time.monotonic() - start:6.1f} s", "cyan"))
-        if self._detail:
-            line.append(f"   {self._detail}", "dim")
-        self._console.print(line)
+        live = Live(_Running(name, start), console=self._console, transient=True, refresh_per_second=8)
+        sign = ("✗ ", "red")
+        try:
+            with live if self._console.is_terminal else contextlib.nullcontext():
+                yield
+            sign = ("✓ ", "green")
+        finally:
+            line = Text.assemble(sign, f"{name:<44}", (f"{time.monotonic() - start:6.1f} s", "cyan"))
+            if self._detail:
+                line.append(f"   {self._detail}", "dim")
+            self._console.print(line)
 
     def detail(self, text: str) -> None:
         self._detail = text
@@ -101,13 +113,17 @@ def run_command(command: click.Command, prog_name: str) -> NoReturn:
     Where `--json` was asked for, the error is on stdout as data as well.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to fail
     try:
         code = command.main(prog_name=prog_name, standalone_mode=False)
     except click.ClickException as error:
         error.show()
+        _print_error_data({"what": error.format_message()}, error.exit_code)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        narration().print("interrupted; nothing was left behind", style="yellow")
+        narration().print("interrupted", style="yellow")
         code = INTERRUPTED
     except Error as error:
         _show(error)
@@ -115,6 +131,16 @@ def run_command(command: click.Command, prog_name: str) -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout went away, as `| head` does
         code = 1
+    except ModuleNotFoundError as error:
+        missing = UnavailableError(
+            f"the package {error.name} is not installed", hint="pip install 'npu-export[export]' has all that is needed"
+        )
+        _show(missing)
+        code = missing.exit_code
+    except OSError as error:
+        refused = Error("the system refused", where=error.filename, got=error.strerror or error)
+        _show(refused)
+        code = refused.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -123,7 +149,10 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 def _show(error: Error) -> None:
-    message = Text.assemble(("error: ", "bold red"), str(error))
-    narration().print(message)
+    print_error(error)
+    _print_error_data(error.fields(), error.exit_code)
+
+
+def _print_error_data(fields: Mapping[str, str], exit_code: int) -> None:
     if "--json" in sys.argv:
-        print_json({"error": error.fields(), "exit_code": error.exit_code})
+        print_json({"error": fields, "exit_code": exit_code})

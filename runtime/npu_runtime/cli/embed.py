@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -11,11 +12,12 @@ from pathlib import Path
 import click
 import numpy as np
 
+from npu_runtime.artifact.staging import explain_full_disk
 from npu_runtime.artifact.store import Array
 from npu_runtime.cli.console import StepProgress, print_json, print_line, print_weights
 from npu_runtime.cli.options import artifact_argument, device_option, json_option, threads_option
 from npu_runtime.encoder import load
-from npu_runtime.errors import UsageError
+from npu_runtime.errors import InputError, UsageError
 
 SUFFIXES = (".safetensors", ".npy")
 
@@ -30,7 +32,9 @@ SUFFIXES = (".safetensors", ".npy")
     show_default=True,
     help="A .safetensors file with names and digest inside, or a .npy array.",
 )
-@click.option("--backend", metavar="NAME", help="Backend to run. [ONNX on the CPU where the artifact holds it]")
+@click.option(
+    "--backend", metavar="NAME", help="Backend to run.  [default: ONNX on the CPU where the artifact holds it]"
+)
 @device_option
 @threads_option
 @click.option("--force", is_flag=True, help="Replace the output file.")
@@ -50,6 +54,11 @@ def command(
         raise UsageError("unknown kind of output", where=output, expected=" or ".join(SUFFIXES), got=output.suffix)
     if output.exists() and not force:
         raise UsageError("the output exists", where=output, hint="pass --output with another name, or --force")
+    if not output.parent.is_dir():
+        raise UsageError("the folder of the output does not exist", where=output.parent, hint="make it first")
+    missing = [image for image in images if not Path(image).is_file()]
+    if missing:
+        raise InputError("there is no such image file", where="\n".join(missing))
     steps = StepProgress()
     with steps.step("open the artifact"):
         encoder = load(artifact, device=device, backend=backend, threads=threads)
@@ -86,15 +95,18 @@ def command(
 
 def write_features(output: Path, name: str, features: Array, metadata: Mapping[str, str]) -> None:
     """Write one array to a `.safetensors` file, metadata inside, or a `.npy` file; whole or not at all."""
+    if output.suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, features)
+        data = buffer.getvalue()
+    else:
+        from safetensors.numpy import save
+
+        data = save({name: features}, dict(metadata))
     partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
-        if output.suffix == ".npy":
-            with partial.open("wb") as file:
-                np.save(file, features)
-        else:
-            from safetensors.numpy import save_file
-
-            save_file({name: features}, partial, metadata=dict(metadata))
-        os.replace(partial, output)
+        with explain_full_disk(output):
+            partial.write_bytes(data)
+            os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import click
 from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.artifact.store import open_artifact
-from npu_runtime.cli.console import print_json, print_line, print_table, print_weights
+from npu_runtime.cli.console import print_json, print_line, print_table, print_weights, spell_nbytes
 from npu_runtime.cli.options import artifact_argument, json_option
 
 
@@ -48,8 +48,8 @@ def command(artifact: str, as_json: bool) -> None:
     print_line("")
     print_table(
         "files",
-        ("file", "sha256", "MB"),
-        [(record.file, record.sha256[:16], f"{record.nbytes / 1e6:,.1f}") for record in manifest.files],
+        ("file", "sha256", "size"),
+        [(record.file, record.sha256[:16], spell_nbytes(record.nbytes)) for record in manifest.files],
         left=2,
     )
 

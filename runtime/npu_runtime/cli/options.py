@@ -7,7 +7,10 @@ import click
 artifact_argument = click.argument("artifact", metavar="ARTIFACT")
 device_option = click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run.")
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads for one operator. [the backend's choice]"
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads for one operator.  [default: the backend's choice]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 

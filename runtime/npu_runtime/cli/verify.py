@@ -9,7 +9,7 @@ import click
 from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.backends.table import FORMATS
-from npu_runtime.cli.console import StepProgress, print_json, print_line, print_table, print_weights
+from npu_runtime.cli.console import StepProgress, print_error, print_json, print_line, print_table, print_weights
 from npu_runtime.cli.options import artifact_argument, device_option, json_option, threads_option
 from npu_runtime.environment import describe_environment
 from npu_runtime.errors import ParityError, UnavailableError
@@ -18,7 +18,7 @@ from npu_runtime.parity.verify import ProgramParity, measure_parity
 
 @click.command()
 @artifact_argument
-@click.option("--backend", metavar="NAME", help="Only this backend. [each whose programs the artifact holds]")
+@click.option("--backend", metavar="NAME", help="Only this backend.  [default: each whose programs the artifact holds]")
 @device_option
 @threads_option
 @json_option
@@ -45,7 +45,14 @@ def command(artifact: str, backend: str | None, device: str, threads: int | None
             if backend or (not rows and len(not_run) + 1 == len(manifest.formats())):
                 raise
             not_run[name] = error.what
-    passed = all(row.passed for row in rows)
+    failed = [row for row in rows if not row.passed]
+    too_far = ParityError(
+        "a program is farther from the reference than its tolerance allows",
+        where=f"{opened.path} on {device}",
+        expected="every check within its limit",
+        got=", ".join(f"{r.backend} batch {r.batch} {r.output}" for r in failed),
+        hint="do not use these programs here; run with --json for every figure",
+    )
     if as_json:
         print_json(
             {
@@ -54,10 +61,11 @@ def command(artifact: str, backend: str | None, device: str, threads: int | None
                 "digest": opened.digest,
                 "weights": to_json(manifest.provenance.weights),
                 "environment": describe_environment(),
-                "passed": passed,
+                "passed": not failed,
                 "programs": [{**to_json(row), "passed": row.passed} for row in rows],
                 "not_run": not_run,
                 "seconds": time.monotonic() - start,
+                **({"error": too_far.fields(), "exit_code": too_far.exit_code} if failed else {}),
             }
         )
     else:
@@ -66,16 +74,11 @@ def command(artifact: str, backend: str | None, device: str, threads: int | None
         for name, reason in not_run.items():
             print_line(f"not run   {name}: {reason}")
         print_line(
-            f"{len(manifest.files)} files as recorded; parity {'passed' if passed else 'FAILED'}", warn=not passed
+            f"{len(manifest.files)} files as recorded; parity {'FAILED' if failed else 'passed'}", warn=bool(failed)
         )
-    if not passed:
-        raise ParityError(
-            "a program is farther from the reference than its tolerance allows",
-            where=f"{opened.path} on {device}",
-            expected="every check within its limit",
-            got=", ".join(f"{r.backend} batch {r.batch} {r.output}" for r in rows if not r.passed),
-            hint="do not use these programs here; run with --json for every figure",
-        )
+    if failed:
+        print_error(too_far)
+        click.get_current_context().exit(too_far.exit_code)
 
 
 def _print_rows(rows: list[ProgramParity]) -> None:

@@ -34,10 +34,11 @@ def compare(actual: Array, expected: Array) -> Metrics:
     if actual.shape != expected.shape or actual.ndim < 2 or actual.size == 0:
         raise ValueError(f"expected two arrays of one shape [N, ..., D], got {actual.shape} and {expected.shape}")
     a, e = actual.astype(np.float64), expected.astype(np.float64)
-    error = np.abs(a - e)
     images = (len(a), -1)
-    relative = _ratio(_norm((a - e).reshape(images)), _norm(e.reshape(images)), both_zero=0.0, zero=np.inf)
-    cosine = _ratio((a * e).sum(axis=-1), _norm(a) * _norm(e), both_zero=1.0, zero=0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # infinity - infinity is NaN, which never passes
+        error = np.abs(a - e)
+        relative = _ratio(_norm((a - e).reshape(images)), _norm(e.reshape(images)), both_zero=0.0, zero=np.inf)
+        cosine = _ratio((a * e).sum(axis=-1), _norm(a) * _norm(e), both_zero=1.0, zero=0.0)
     only_one_zero = (_norm(a) == 0) != (_norm(e) == 0)
     cosine[only_one_zero] = 0.0
     return Metrics(
@@ -79,6 +80,4 @@ def _norm(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _ratio(
     top: npt.NDArray[np.float64], bottom: npt.NDArray[np.float64], *, both_zero: float, zero: float
 ) -> npt.NDArray[np.float64]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = top / bottom
-    return np.where(bottom == 0, np.where(top == 0, both_zero, zero), ratio)
+    return np.where(bottom == 0, np.where(top == 0, both_zero, zero), top / bottom)
