@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
-import zipfile
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from npu_export.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names under which Hugging Face publishes weights, the first that exists is read."""
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+RANDOM_SEED_METADATA = "npu_export.random_seed"
+"""Under this name a safetensors file that was made from a seed says so, and is never taken for trained weights."""
 
+_ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80\x02"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _FLOATING = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+Read = Callable[[str], "torch.Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +44,28 @@ class Checkpoint:
     file: Path | None
     """The weights file; None for random weights."""
     random_seed: int | None
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], torch.Tensor]
-    """The tensor of a name, on the CPU and in the stored dtype. It may be a view of the mapped file."""
+    """Seed of random weights; None for all others."""
+    shapes: Shapes
+    tensors: Callable[[], AbstractContextManager[Read]]
+    """Opens the file; within the block the function it gives reads a tensor by its name, on the CPU and in
+    the stored dtype. Tensors may be views of the mapped file, which stays mapped while one lives."""
     config: Mapping[str, object] | None = None
     """Hugging Face's config.json; None where there is none."""
     preprocessor: Mapping[str, object] | None = None
     """Hugging Face's preprocessor_config.json; None where there is none."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; `tensors` is for many."""
+        with self.tensors() as read:
+            return read(name)
+
+
+class _Opened(NamedTuple):
+    """What a weights file says before its tensors are read."""
+
+    shapes: Shapes
+    tensors: Callable[[], AbstractContextManager[Read]]
+    random_seed: int | None
 
 
 def open_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
@@ -50,14 +76,14 @@ def open_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
     of floating-point tensors, or a pickle that needs code to load.
     """
     file = _weights_file(path)
-    shapes, read = _open_file(file)
+    opened = _open_file(file)
     published = file.name in WEIGHT_FILES
     return Checkpoint(
         source=source or str(path),
         file=file,
-        random_seed=None,
-        shapes=shapes,
-        read=read,
+        random_seed=opened.random_seed,
+        shapes=opened.shapes,
+        tensors=opened.tensors,
         config=read_settings(file.with_name(CONFIG_FILE)) if published else None,
         preprocessor=read_settings(file.with_name(PREPROCESSOR_FILE)) if published else None,
     )
@@ -101,13 +127,13 @@ def _weights_file(path: Path) -> Path:
     )
 
 
-def _open_file(file: Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+def _open_file(file: Path) -> _Opened:
     try:
         with file.open("rb") as opened:
-            head = opened.read(len(_LFS_POINTER))
+            head = opened.read(1024)
     except OSError as error:
         raise CheckpointError("the checkpoint cannot be read", where=file, got=error) from error
-    if head == _LFS_POINTER:
+    if head.startswith(_LFS_POINTER):
         raise CheckpointError(
             "this is a git-LFS pointer, not the weights",
             where=file,
@@ -115,16 +141,40 @@ def _open_file(file: Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[str
             got=f"{file.stat().st_size} bytes of text that name them",
             hint="run `git lfs pull` in that clone, or download the file from the hub",
         )
-    if head[:2] == b"\x80\x02" or zipfile.is_zipfile(file) or head[:4] == b"PK\x03\x04":
+    if head.startswith(_ZIP) and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
+        raise CheckpointError(
+            "this is a numpy archive (.npz), which no layout is read from",
+            where=file,
+            expected="a safetensors file, or a torch file",
+            hint="use the encoder's checkpoint on the hub: leave --weights out, or download it from there",
+        )
+    if head.startswith((_ZIP, _PICKLE)):
         return _open_pickle(file)
     return _open_safetensors(file)
 
 
-def _open_safetensors(file: Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+def _open_safetensors(file: Path) -> _Opened:
+    with _safetensors(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no iterator of its own)
+        seed = (opened.metadata() or {}).get(RANDOM_SEED_METADATA)
+        _check_floating({name: _FLOATING.get(s.get_dtype(), s.get_dtype()) for name, s in slices.items()}, file)
+        shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+    if seed is not None and not re.fullmatch(r"[0-9]{1,18}", seed):
+        raise CheckpointError("the file says its weights are random but gives no seed", where=file, got=repr(seed))
+    return _Opened(shapes, functools.partial(_read_safetensors, file), None if seed is None else int(seed))
+
+
+@contextmanager
+def _read_safetensors(file: Path) -> Iterator[Read]:
+    with _safetensors(file) as opened:
+        yield opened.get_tensor
+
+
+def _safetensors(file: Path) -> safe_open:
     from safetensors import SafetensorError, safe_open
 
     try:
-        opened = safe_open(file, framework="pt", device="cpu")
+        return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
         raise CheckpointError(
             "the file is no whole safetensors file",
@@ -133,17 +183,28 @@ def _open_safetensors(file: Path) -> tuple[Mapping[str, tuple[int, ...]], Callab
             got=f"{file.stat().st_size} bytes: {error}",
             hint="the download may have stopped early; fetch it again and compare its sha256",
         ) from error
-    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no iterator of its own)
-    _check_floating({name: _FLOATING.get(s.get_dtype(), s.get_dtype()) for name, s in slices.items()}, file)
-    return {name: tuple(s.get_shape()) for name, s in slices.items()}, opened.get_tensor
 
 
-def _open_pickle(file: Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+def _open_pickle(file: Path) -> _Opened:
+    state = _load_pickle(file)
+    _check_floating({name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}, file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return _Opened(shapes, functools.partial(_read_pickle, file), None)
+
+
+@contextmanager
+def _read_pickle(file: Path) -> Iterator[Read]:
+    yield _load_pickle(file).__getitem__
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
         # Only the zip format can be memory-mapped; files from before torch 1.6 are read whole.
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with file.open("rb") as opened:
+            mapped = opened.read(len(_ZIP)) == _ZIP
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "the pickle needs code to load, which is refused because it could do anything",
@@ -152,7 +213,7 @@ def _open_pickle(file: Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[s
             got=str(error).strip().splitlines()[0],
             hint="save model.state_dict() from a program that you trust, best as safetensors",
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle fails wherever its opcodes lead: IndexError, struct.error, …
         raise CheckpointError(
             "the file is no whole torch file",
             where=file,
@@ -170,8 +231,7 @@ def _open_pickle(file: Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[s
             got=f"a dict with {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, dict) else type(state),
             hint="save the state dict itself",
         )
-    _check_floating({name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}, file)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__
+    return state
 
 
 def _check_floating(dtypes: Mapping[str, str], file: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from npu_export.encoders import ENCODERS
 from npu_export.plan import DEFAULT_OPSET, FORMATS, PRECISIONS, ExportPlan, make_request, plan_export
@@ -18,8 +19,10 @@ from npu_runtime.cli.console import (
     print_table,
     print_weights,
     run_command,
+    spell_nbytes,
 )
 from npu_runtime.cli.options import json_option, parse_batches
+from npu_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,19 +30,24 @@ if TYPE_CHECKING:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--model", metavar="NAME", help="Encoder: a name, hub id or alias that --list shows.")
-@click.option("--format", "formats", multiple=True, type=click.Choice(FORMATS), help="Repeat for several. [all]")
+@click.option(
+    "--format", "formats", multiple=True, type=click.Choice(FORMATS), help="Repeat for several.  [default: all]"
+)
 @click.option("--batch", default="1", show_default=True, callback=parse_batches, metavar="N,N…", help="Batch sizes.")
 @click.option(
     "--weights",
     metavar="FILE|DIR|hf:ID|random:SEED",
     help="Where the weights lie; hf:ID[@REVISION] names a hub repository, random:SEED makes seeded ones. "
-    "[the encoder's own on the hub, from its cache first]",
+    " [default: the encoder's own on the hub, from its cache first]",
 )
 @click.option("--layout", default="auto", show_default=True, metavar="NAME", help="Layout of the checkpoint's keys.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ai.onnx opset; ATC reads up to 18.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="DIR", help="The artifact folder itself. [./NAME-PRECISION]"
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The artifact folder itself.  [default: ./NAME-PRECISION]",
 )
 @click.option("--dry-run", is_flag=True, help="Plan from names and shapes, print it, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace the artifact that --output names.")
@@ -73,12 +81,18 @@ def command(
     130 interrupted.
     """
     if list_all:
+        others = [name for name in click.get_current_context().params if name not in ("list_all", "as_json")]
+        if given := [f"--{name.replace('_', '-')}" for name in others if _was_given(name)]:
+            raise click.UsageError(f"--list goes with no option but --json, got {', '.join(given)}")
         return _print_list(as_json)
     if model is None:
         raise click.UsageError("--model is missing; npu-export --list shows the encoders")
+    formats = formats or FORMATS
+    if "onnx" not in formats and _was_given("opset"):
+        raise UsageError("--opset is for onnx, which is not among the formats", got=", ".join(formats))
     request = make_request(
         model,
-        formats=formats or FORMATS,
+        formats=formats,
         batch=batch,
         layout=layout,
         precision=precision,
@@ -95,6 +109,11 @@ def command(
     from npu_export.pipeline import run_export
 
     _print_result(run_export(plan, steps), as_json)
+
+
+def _was_given(name: str) -> bool:
+    """Whether an option was on the command line; a default was not."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def main() -> None:
@@ -160,7 +179,7 @@ def _print_plan(plan: ExportPlan, as_json: bool) -> None:
     for spec in (*encoder.inputs, *encoder.outputs):
         print_line(f"            {spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]")
     for name, nbytes in plan.sizes().items():
-        print_line(f"  file      {name}  {nbytes / 1e6:,.1f} MB")
+        print_line(f"  file      {name}  {spell_nbytes(nbytes)}")
     print_line(f"  output    {plan.request.output}  (dry run: nothing was written)")
 
 
@@ -174,7 +193,7 @@ def _print_result(folder: Path, as_json: bool) -> None:
     print_weights(manifest)
     print_table(
         f"{manifest.encoder} {manifest.precision} in {folder}",
-        ("file", "MB"),
-        [(record.file, f"{record.nbytes / 1e6:,.1f}") for record in manifest.files],
+        ("file", "size"),
+        [(record.file, spell_nbytes(record.nbytes)) for record in manifest.files],
     )
     print_line(f"next      npu-runtime verify {folder}")

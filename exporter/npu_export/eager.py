@@ -11,7 +11,7 @@ from npu_export.errors import CheckpointError
 from npu_export.network import load_network, plan_weights, state_sha256
 from npu_export.weights import find_weights
 from npu_runtime.artifact.store import Artifact
-from npu_runtime.backends.base import Array, Options
+from npu_runtime.backends.base import Array, Options, missing_package
 from npu_runtime.devices import Device
 from npu_runtime.errors import UnavailableError
 from npu_runtime.torch_interop import array_from_tensor, set_threads, tensor_from_array
@@ -30,7 +30,10 @@ class EagerBackend:
         """
         if device.kind != "cpu":
             raise UnavailableError(f"the backend eager does not run on {device}", expected="device cpu")
-        set_threads(options.threads)
+        try:
+            set_threads(options.threads)
+        except ImportError as error:
+            raise missing_package("torch", "export", "eager") from error
         recorded = artifact.manifest.provenance.weights
         encoder = find_encoder(artifact.manifest.encoder)
         source = options.weights or recorded.source

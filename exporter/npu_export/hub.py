@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from npu_export.checkpoint import CONFIG_FILE, PREPROCESSOR_FILE, WEIGHT_FILES, Checkpoint, open_checkpoint
@@ -24,12 +26,13 @@ def fetch_checkpoint(repository: str, revision: str | None = None) -> Checkpoint
         ) from error
     tried: list[str] = []
     for offline in (True, False):
-        file = _first(repository, revision, offline, tried)
-        if file is not None:
-            for name in (CONFIG_FILE, PREPROCESSOR_FILE):
-                _get(repository, name, revision, offline, [])
-            # The cache keeps a snapshot under the commit that the revision named: that is what was read.
-            return open_checkpoint(file, f"hf:{repository}@{file.parent.name}")
+        with contextlib.suppress(_NoAnswerError):
+            file = _first(repository, WEIGHT_FILES, revision, offline, tried)
+            if file is not None:
+                for name in (CONFIG_FILE, PREPROCESSOR_FILE):
+                    _first(repository, (name,), revision, offline, tried)
+                # The cache keeps a snapshot under the commit that the revision named: that is what was read.
+                return open_checkpoint(file, f"hf:{repository}@{file.parent.name}")
     raise CheckpointError(
         f"no weights of {repository} could be had",
         where=f"revision {revision or 'main'}",
@@ -39,8 +42,12 @@ def fetch_checkpoint(repository: str, revision: str | None = None) -> Checkpoint
     )
 
 
-def _first(repository: str, revision: str | None, offline: bool, tried: list[str]) -> Path | None:
-    for name in WEIGHT_FILES:
+class _NoAnswerError(Exception):
+    """The hub did not say whether it has a file; asking for another would only wait as long again."""
+
+
+def _first(repository: str, names: Sequence[str], revision: str | None, offline: bool, tried: list[str]) -> Path | None:
+    for name in names:
         file = _get(repository, name, revision, offline, tried)
         if file is not None:
             return file
@@ -48,27 +55,26 @@ def _first(repository: str, revision: str | None, offline: bool, tried: list[str
 
 
 def _get(repository: str, name: str, revision: str | None, offline: bool, tried: list[str]) -> Path | None:
-    """The file in the cache, fetched first unless `offline`; None, with the reason in `tried`, without it."""
+    """The file in the cache, fetched first unless `offline`; None where there is none.
+
+    The reason is added to `tried`. Raises _NoAnswerError where nobody could say.
+    """
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     place = f"cache {constants.HF_HUB_CACHE}" if offline else f"hub {constants.ENDPOINT}"
     try:
         return Path(hf_hub_download(repository, name, revision=revision, local_files_only=offline))
-    except LocalEntryNotFoundError as error:
-        reason = "not there" if offline else _cause(error)
-    except HFValidationError as error:
-        reason = _first_line(error)
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-    tried.append(f"{place}: {name}: {reason}")
-    return None
-
-
-def _cause(error: Exception) -> str:
-    """Why the hub was not reached: huggingface_hub chains it behind 'not found locally'."""
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {_first_line(cause)}"
+    except EntryNotFoundError as error:
+        if offline or not isinstance(error, LocalEntryNotFoundError):
+            tried.append(f"{place}: {name}: not there")
+            return None
+        # Why the hub was not reached: huggingface_hub chains it behind 'not found locally'.
+        reason: BaseException = error.__cause__ or error
+    except Exception as error:  # beside its own, those of the HTTP library: requests, httpx or httpx2 by release
+        reason = error
+    tried.append(f"{place}: {name}: {type(reason).__name__}: {_first_line(reason)}")
+    raise _NoAnswerError from reason
 
 
 def _first_line(error: BaseException) -> str:

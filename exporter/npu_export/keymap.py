@@ -194,20 +194,19 @@ def read_mapped(plan: KeymapPlan, read: Callable[[str], torch.Tensor]) -> Iterat
 
 def fold_keys(details: Mapping[str, str]) -> list[str]:
     """Keys with equal details, folded over one integer: `blocks.{0-2,5}.norm1.weight [64] (4)`."""
-    layers: dict[tuple[str, str], list[int | None]] = defaultdict(list)
+    layers: dict[tuple[str, str | None, str], list[int]] = defaultdict(list)
     for key, detail in details.items():
-        number = re.search(r"(?<![^./_])\d+(?![^./_])", key)
+        number = re.search(r"(?<![^./_])(0|[1-9][0-9]*)(?![^./_])", key)
         if number is None:
-            layers[key, detail].append(None)
+            layers[key, None, detail] = []
         else:
-            layers[f"{key[: number.start()]}{{}}{key[number.end() :]}", detail].append(int(number.group()))
+            layers[key[: number.start()], key[number.end() :], detail].append(int(number.group()))
     lines = []
-    for (template, detail), numbers in layers.items():
-        integers = sorted(n for n in numbers if n is not None)
-        if len(integers) > 1:
-            lines.append(f"{template.format('{' + _ranges(integers) + '}')} {detail} ({len(integers)})")
+    for (before, after, detail), numbers in layers.items():
+        if len(numbers) > 1:
+            lines.append(f"{before}{{{_ranges(sorted(numbers))}}}{after} {detail} ({len(numbers)})")
         else:
-            lines.append(f"{template.format(*integers)} {detail}")
+            lines.append(f"{before}{''.join(map(str, numbers))}{after or ''} {detail}")
     return lines
 
 

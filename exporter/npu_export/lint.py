@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from npu_export.errors import LintError
+from npu_export.torchscript import nodes_of
 
 FLOAT64 = 7
 """Number of float64 among torch's scalar types (c10/core/ScalarType.h), as programs hold it."""
@@ -54,7 +55,7 @@ def _refuse(what: str, findings: Sequence[str]) -> None:
 
 
 def _graph_findings(graph: torch._C.Graph) -> Iterator[str]:
-    for node in _nodes(graph):
+    for node in nodes_of(graph):
         if node.kind() == "prim::Constant":
             output = node.output()
             if "Device" in str(output.type()):
@@ -63,13 +64,6 @@ def _graph_findings(graph: torch._C.Graph) -> Iterator[str]:
                 yield f"float64 constant {output.debugName()}"
         elif float64 := _float64_arguments(node):
             yield f"float64 made by {node.kind()} ({', '.join(float64)})"
-
-
-def _nodes(block: torch._C.Graph | torch._C.Block) -> Iterator[torch._C.Node]:
-    for node in block.nodes():
-        yield node
-        for inner in node.blocks():
-            yield from _nodes(inner)
 
 
 def _float64_arguments(node: torch._C.Node) -> list[str]:

@@ -67,10 +67,11 @@ def load_network(plan: WeightsPlan) -> nn.Module:
     import torch
 
     network = _build_on_meta(plan.layout)
-    state = {
-        name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in read_mapped(plan.keymap, plan.checkpoint.read)
-    }
+    with plan.checkpoint.tensors() as read:
+        state = {
+            name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in read_mapped(plan.keymap, read)
+        }
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False)
 

@@ -64,10 +64,18 @@ def export_graph(
             input_names=[pixel_values.name],
             output_names=[output.name for output in outputs],
             verbose=False,
+            optimize=False,
         )
-    if program is None:
-        raise Error("torch.onnx.export gave no program", where=f"batch {batch}")
+        if program is None:
+            raise Error("torch.onnx.export gave no program", where=f"batch {batch}")
+        weights = list(program.model.graph.initializers.values())
+        program.optimize()
     model = program.model
+    # onnxscript's rewrite rules hold on to the last graph they saw: let go of the weights that it lost.
+    kept = {id(value) for value in model.graph.initializers.values()}
+    for value in weights:
+        if id(value) not in kept:
+            value.const_value = None
     # torch names opsets of domains that no node uses; ATC refuses a second opset_import (E16005).
     used = {node.domain for node in model.graph.all_nodes()}
     for domain in set(model.opset_imports) - used:

@@ -179,7 +179,7 @@ def _check_disk(plan: ExportPlan) -> None:
 
 def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path) -> None:
     """Run the eager network one image at a time, which is what batch 1 must give bit for bit."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     from npu_export.eager import run_eager
 
@@ -194,7 +194,7 @@ def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path) -> Non
                 expected="finite values",
                 hint="the checkpoint is damaged or not this encoder's",
             )
-    save_file({encoder.inputs[0].name: inputs, **outputs}, path)
+    path.write_bytes(save({encoder.inputs[0].name: inputs, **outputs}))
 
 
 def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:
@@ -205,7 +205,7 @@ def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps
     with steps.step(f"freeze torchscript, batch {', '.join(map(str, batches))}"):
         program = trace_frozen(module, plan.request.encoder.inputs[0], batches)
         lint_torchscript(program, [entry_point(b) for b in batches])
-        write_torchscript(program, folder / TORCHSCRIPT_FILE)
+        write_torchscript(program, folder / TORCHSCRIPT_FILE, plan.sizes()[TORCHSCRIPT_FILE])
         empty_constants(program, [entry_point(b) for b in batches])
         steps.detail("device-clean, no float64")
     sha256 = record_file(folder, TORCHSCRIPT_FILE).sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from npu_export.preprocessor_config import resolve_preprocessing
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import Preprocessing
 from npu_runtime.artifact.staging import check_output
-from npu_runtime.errors import UsageError
+from npu_runtime.errors import UnavailableError, UsageError
 
 FORMATS = ("torchscript", "onnx")
 PRECISIONS = ("fp32",)
+PACKAGES = {"torchscript": ("torch",), "onnx": ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")}
+"""Format -> modules that freezing to it, and checking the result, imports."""
 DEFAULT_OPSET = 18
+LEAST_OPSET = 11
+"""The oldest ai.onnx opset that ATC documents."""
 MAX_BATCH = 1024
 REFERENCE_SEEDS = (0, 1, 2, 3)
 """One reference image each. Four differ enough to show a program that mixes its rows."""
@@ -99,9 +104,34 @@ def make_request(
 def plan_export(request: Request, weights: str | None) -> ExportPlan:
     """The plan for a request; finds the checkpoint, reads its keys and settings, and no tensor.
 
-    Raises UsageError when the output exists, CheckpointError when the weights cannot be had or used whole.
+    Raises UsageError when the output exists, UnavailableError when a package is missing, CheckpointError
+    when the weights cannot be had or used whole.
     """
     check_output(request.output, force=request.force)
+    _check_packages(request.formats)
+    if "onnx" in request.formats:
+        _check_opset(request.opset)
     checkpoint = find_weights(request.encoder, weights)
     plan = plan_weights(request.encoder, checkpoint, request.layout)
     return ExportPlan(request, plan, resolve_preprocessing(checkpoint, request.encoder.preprocessing))
+
+
+def _check_packages(formats: Sequence[str]) -> None:
+    """Refuse at once what would stop half-way for want of a package."""
+    wanted = dict.fromkeys(package for format in formats for package in PACKAGES[format])
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UnavailableError(
+            f"an export to {' and '.join(formats)} needs packages that are not installed",
+            expected=", ".join(wanted),
+            got=f"no {', '.join(missing)}",
+            hint="pip install 'npu-export[export]'",
+        )
+
+
+def _check_opset(opset: int) -> None:
+    from onnx.defs import onnx_opset_version
+
+    newest = onnx_opset_version()
+    if not LEAST_OPSET <= opset <= newest:
+        raise UsageError("unknown opset", expected=f"{LEAST_OPSET} to {newest}; ATC reads up to 18", got=opset)

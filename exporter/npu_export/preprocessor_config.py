@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,7 +10,8 @@ from npu_export.checkpoint import PREPROCESSOR_FILE, Checkpoint
 from npu_export.errors import CheckpointError
 from npu_runtime.artifact.schema import Preprocessing
 
-_INTERPOLATION: Mapping[object, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+_REFUSED = ("do_center_crop", "do_pad", "do_flip_channel_order", "rescale_offset")
+_INTERPOLATION: Mapping[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 """PIL.Image.Resampling, as the file holds it."""
 
 
@@ -24,16 +26,21 @@ def resolve_preprocessing(checkpoint: Checkpoint, default: Preprocessing) -> Pre
     height, width = default.size
     size = config.get("size", {"height": height, "width": width})
     problems = [f"{flag} = false" for flag in ("do_resize", "do_rescale", "do_normalize") if config.get(flag) is False]
-    problems += [f"{flag} = true" for flag in ("do_center_crop", "do_pad") if config.get(flag) is True]
+    problems += [f"{flag} = true" for flag in _REFUSED if config.get(flag) is True]
     if size not in (height if height == width else None, {"height": height, "width": width}):
         problems.append(f"size = {size!r}")
     if config.get("rescale_factor", 1 / 255) not in (1 / 255, 0.00392156862745098):
         problems.append(f"rescale_factor = {config['rescale_factor']!r}")
-    interpolation = _INTERPOLATION.get(config.get("resample", 2))
+    resample = config.get("resample", 2)
+    interpolation = _INTERPOLATION.get(resample) if isinstance(resample, int) else None
     if interpolation is None:
-        problems.append(f"resample = {config['resample']!r}")
+        problems.append(f"resample = {resample!r}")
     mean, std = (_channels(config.get(name)) for name in ("image_mean", "image_std"))
-    problems += [name for name, value in (("image_mean", mean), ("image_std", std)) if value is None]
+    if std is not None and min(std) <= 0:
+        std = None
+    problems += [
+        f"{name} = {config.get(name)!r}" for name, value in (("image_mean", mean), ("image_std", std)) if value is None
+    ]
     if problems or interpolation is None or mean is None or std is None:
         raise CheckpointError(
             f"the {PREPROCESSOR_FILE} beside the weights asks for what this version does not do",
@@ -47,7 +54,7 @@ def resolve_preprocessing(checkpoint: Checkpoint, default: Preprocessing) -> Pre
 
 
 def _channels(value: object) -> tuple[float, float, float] | None:
-    if isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value):
+    if isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in value):
         first, second, third = (float(v) for v in value)
         return first, second, third
     return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,9 @@ from torch.jit._trace import TracerWarning
 from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.errors import Error
 from npu_runtime.torch_interop import without_jit_deprecation
+
+OVERHEAD_NBYTES = 8 << 20
+"""More than code, debug records and padding take beside the weights."""
 
 
 def entry_point(batch: int) -> str:
@@ -36,11 +41,16 @@ def trace_frozen(module: nn.Module, pixel_values: TensorSpec, batches: Sequence[
         frozen: torch.jit.ScriptModule = torch.jit.freeze(
             traced.eval(), preserved_attrs=[entry_point(b) for b in batches]
         )
-        return frozen
+    _forget_source_lines(frozen, [entry_point(b) for b in batches])
+    return frozen
 
 
-def write_torchscript(program: torch.jit.ScriptModule, path: Path) -> None:
-    """Save the program so that plain `torch.jit.load` opens it. Raises Error where the disk does not take it."""
+def write_torchscript(program: torch.jit.ScriptModule, path: Path, weights_nbytes: int) -> None:
+    """Save the program so that plain `torch.jit.load` opens it.
+
+    Raises OSError where the disk has no room for it, and Error where torch could not write it.
+    """
+    _require_room(path, weights_nbytes + OVERHEAD_NBYTES)
     try:
         with _known_warnings():
             torch.jit.save(program, str(path))
@@ -48,6 +58,21 @@ def write_torchscript(program: torch.jit.ScriptModule, path: Path) -> None:
         if "PytorchStreamWriter" not in str(error):
             raise
         raise Error("the TorchScript file could not be written", where=path, got=str(error).splitlines()[0]) from error
+
+
+def _require_room(path: Path, nbytes: int) -> None:
+    """Raise OSError where the system does not grant a file of this size; leave an empty one.
+
+    torch's own writer does not raise on a full disk: its destructor throws, which ends the process
+    (PyTorchStreamWriter in caffe2/serialize/inline_container.cc). Needless when it raises.
+    """
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        file.truncate(0)
 
 
 def empty_constants(program: torch.jit.ScriptModule, entry_points: Sequence[str]) -> None:
@@ -59,6 +84,23 @@ def empty_constants(program: torch.jit.ScriptModule, entry_points: Sequence[str]
         for node in getattr(program, name).graph.findAllNodes("prim::Constant", recurse=True):
             if node.hasAttribute("value") and node.kindOf("value") == "t":
                 node.t_("value", torch.empty(0))
+
+
+def _forget_source_lines(program: torch.jit.ScriptModule, entry_points: Sequence[str]) -> None:
+    """Drop the Python stack of each operator, which names paths of this machine and whoever called the export."""
+    graph = torch._C.Graph()
+    blank = graph.create("prim::Constant", [], 0)
+    for name in ("forward", *entry_points):
+        for node in nodes_of(getattr(program, name).graph):
+            node.copyMetadata(blank)
+
+
+def nodes_of(block: torch._C.Graph | torch._C.Block) -> Iterator[torch._C.Node]:
+    """Every node of a graph, those of inner blocks too."""
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from nodes_of(inner)
 
 
 def _with_entry_points(module: nn.Module, batches: Sequence[int]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,4 +47,4 @@ def random_checkpoint(encoder: EncoderSpec, seed: str) -> Checkpoint:
 
         return torch.from_numpy(seeded_tensor(name, shapes[name], int(seed)))
 
-    return Checkpoint(f"random:{int(seed)}", None, int(seed), shapes, read)
+    return Checkpoint(f"random:{int(seed)}", None, int(seed), shapes, lambda: contextlib.nullcontext(read))

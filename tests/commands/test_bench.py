@@ -1,0 +1,135 @@
+"""npu-runtime bench."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from npu_runtime.artifact.store import open_artifact
+from npu_runtime.devices import cpu_count
+
+ROUNDS = ("--iterations", "3", "--warmup", "1")
+
+
+def test_json_holds_the_statistics_and_the_samples_of_every_backend_and_batch(
+    call: Callable[..., Any], tiny_artifact: Path
+) -> None:
+    record = call("npu-runtime", "bench", tiny_artifact, "--iterations", "20", "--warmup", "1", "--json").json
+    assert [(row["backend"], row["batch"]) for row in record["rows"]] == [
+        (backend, batch) for batch in (1, 4) for backend in ("eager", "torchscript", "onnxruntime")
+    ]
+    assert record["not_run"] == {}
+    assert record["digest"] == open_artifact(tiny_artifact).digest
+    assert (record["threads"], record["warmup"], record["device"]) == (cpu_count(), 1, "cpu")
+    assert record["environment"]["cores_usable"] == cpu_count()
+    for row in record["rows"]:
+        samples = np.array(row["samples_ms"])
+        assert row["samples"] == len(samples) == 20
+        assert row["minimum_ms"] == samples.min() > 0
+        assert row["maximum_ms"] == samples.max()
+        assert row["median_ms"] == row["p50_ms"] == pytest.approx(np.median(samples))
+        assert row["p90_ms"] == pytest.approx(np.percentile(samples, 90))
+        assert row["p99_ms"] is None
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
+    eager = [row for row in record["rows"] if row["backend"] == "eager"]
+    assert [row["speedup_over_eager"] for row in eager] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("iterations", "p90", "p99"), [(19, False, False), (100, True, True)])
+def test_a_percentile_is_given_from_enough_samples_only(
+    iterations: int, p90: bool, p99: bool, call: Callable[..., Any], tiny_artifact: Path
+) -> None:
+    arguments = ("--backend", "onnx", "--batch", "1", "--iterations", str(iterations), "--json")
+    (row,) = call("npu-runtime", "bench", tiny_artifact, *arguments).json["rows"]
+    assert (row["p90_ms"] is not None, row["p99_ms"] is not None) == (p90, p99)
+    assert row["p50_ms"] is not None
+
+
+def test_the_table_has_a_row_for_each_backend_and_batch_and_a_dash_where_nothing_was_measured(
+    call: Callable[..., Any], tiny_artifact: Path
+) -> None:
+    result = call("npu-runtime", "bench", tiny_artifact, *ROUNDS, "--batch", "4", "--threads", "1")
+    assert result.code == 0
+    assert result.out.startswith("weights   ")
+    assert "in ms, 3 rounds, 1 threads, on cpu" in result.out
+    rows = [line.split() for line in result.out.splitlines()[3:]]
+    assert [row[:2] for row in rows] == [["eager", "4"], ["torchscript", "4"], ["onnxruntime", "4"]]
+    assert all(row[3:5] == ["-", "-"] and row[-1] == "x" for row in rows)
+    assert [line.split("  ")[0] for line in result.err.splitlines()] == [
+        "✓ open eager",
+        "✓ open torchscript",
+        "✓ open onnxruntime",
+    ]
+
+
+def test_a_batch_that_is_not_frozen_is_wrong_usage(call: Callable[..., Any], tiny_artifact: Path) -> None:
+    result = call("npu-runtime", "bench", tiny_artifact, "--batch", "1,8", "--json")
+    assert result.code == 2
+    assert result.json["error"]["what"] == "the artifact was not frozen for this batch size"
+    assert result.json["error"]["expected"] == "1, 4"
+
+
+@pytest.fixture
+def moved(artifact_copy: Path, rewrite: Callable[..., None], tmp_path: Path) -> Path:
+    """An artifact whose recorded checkpoint is no longer where it was."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["provenance"]["weights"]["source"] = str(tmp_path / "gone")
+
+    rewrite(artifact_copy, change)
+    return artifact_copy
+
+
+def test_a_checkpoint_that_is_gone_leaves_eager_out_with_the_reason(call: Callable[..., Any], moved: Path) -> None:
+    result = call("npu-runtime", "bench", moved, *ROUNDS, "--json")
+    assert result.code == 0
+    assert {row["backend"] for row in result.json["rows"]} == {"torchscript", "onnxruntime"}
+    assert all(row["speedup_over_eager"] is None for row in result.json["rows"])
+    assert "there is no such checkpoint" in result.json["not_run"]["eager"]
+    text = call("npu-runtime", "bench", moved, *ROUNDS)
+    assert "not run   eager: the checkpoint that the manifest records cannot be used" in text.out
+
+
+def test_eager_that_was_named_and_cannot_run_is_an_error(call: Callable[..., Any], moved: Path) -> None:
+    result = call("npu-runtime", "bench", moved, *ROUNDS, "--backend", "eager", "--backend", "onnx", "--json")
+    assert result.code == 1
+    assert result.json["error"]["next"] == "say where it lies now with --weights"
+
+
+def test_a_checkpoint_that_moved_is_used_where_it_lies_now(
+    call: Callable[..., Any], moved: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    there = shutil.copytree(tiny_checkpoint, tmp_path / "there")
+    record = call("npu-runtime", "bench", moved, *ROUNDS, "--weights", there, "--json").json
+    assert {row["backend"] for row in record["rows"]} == {"eager", "torchscript", "onnxruntime"}
+
+
+def test_other_weights_of_the_same_shapes_are_refused(
+    call: Callable[..., Any], tiny_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    tensors["vit.layernorm.bias"][0] += 1e-6
+    save_file(tensors, tmp_path / "other.safetensors")
+    result = call("npu-runtime", "bench", tiny_artifact, *ROUNDS, "--weights", tmp_path / "other.safetensors", "--json")
+    assert result.code == 1
+    error = result.json["error"]
+    assert error["what"] == "these are not the weights that the artifact was exported from"
+    assert error["where"] == str(tmp_path / "other.safetensors")
+    assert error["expected"].endswith(open_artifact(tiny_artifact).manifest.provenance.weights.state_sha256)
+
+
+def test_weights_without_eager_are_refused(call: Callable[..., Any], tiny_artifact: Path) -> None:
+    result = call("npu-runtime", "bench", tiny_artifact, "--backend", "onnx", "--weights", "x", "--json")
+    assert (result.code, result.json["error"]["what"]) == (2, "--weights is for eager, which is not among the backends")
+
+
+def test_a_damaged_program_is_an_error_and_not_left_out(call: Callable[..., Any], artifact_copy: Path) -> None:
+    (artifact_copy / "model.ts").write_bytes(b"")
+    result = call("npu-runtime", "bench", artifact_copy, *ROUNDS, "--json")
+    assert (result.code, result.json["error"]["what"]) == (1, "a file of the artifact has another size")
