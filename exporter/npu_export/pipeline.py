@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from npu_export.encoders.spec import EncoderSpec
+from npu_export.errors import CheckpointError
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.provenance import describe_provenance
@@ -188,7 +189,7 @@ def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path) -> Non
     outputs = {spec.name: np.concatenate(arrays) for spec, arrays in zip(encoder.outputs, zip(*rows))}
     for name, array in outputs.items():
         if not np.isfinite(array).all():
-            raise ParityError(
+            raise CheckpointError(
                 f"the eager network's own output {name} holds NaN or infinity",
                 where=encoder.name,
                 expected="finite values",

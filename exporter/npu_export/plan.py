@@ -89,7 +89,7 @@ def make_request(
                 expected=", ".join(choices),
                 got=", ".join(unknown) or None,
             )
-    wrong = [size for size in batch if not 1 <= size <= MAX_BATCH]
+    wrong = [size for size in batch if type(size) is not int or not 1 <= size <= MAX_BATCH]
     if wrong or not batch or len(set(batch)) != len(batch):
         raise UsageError(
             "wrong batch sizes",

@@ -26,9 +26,10 @@ def measure_latency(
     """Latencies in milliseconds of `encoder(pixel_values)`, by name and batch size, one for each round.
 
     A call is timed from numpy to numpy on a monotonic clock, input checks and copies included. Inputs
-    are standard normal and rotate; the order of the encoders rotates with the rounds. Before each call
-    `settle_s` seconds pass, since threads of the one before spin for work a while. The warm-up rounds
-    are not kept. `progress` is called after each round of a batch size.
+    are standard normal and rotate; the order of the encoders is drawn anew each round, so that none
+    always follows the same other. `settle_s` seconds pass before each call, since threads of the one
+    before spin for work a while. The warm-up rounds are not kept. `progress` is called after each round
+    of a batch size.
     """
     generator = np.random.default_rng(seed)
     shape = next(iter(encoders.values())).manifest.inputs[0]
@@ -37,8 +38,7 @@ def measure_latency(
     names = list(encoders)
     for batch in batches:
         for index in range(warmup + iterations):
-            turn = index % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in (names[place] for place in generator.permutation(len(names))):
                 pixel_values = inputs[batch][index % INPUTS]
                 time.sleep(settle_s)
                 start = time.perf_counter_ns()

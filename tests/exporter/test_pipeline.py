@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import npu_export.pipeline as pipeline
+import npu_export.plan
+import npu_export.provenance as provenance
+from npu_export.eager import run_eager
+from npu_export.encoders.outputs import ClsAndTokens
+from npu_export.errors import CheckpointError
+from npu_export.network import load_network, plan_weights, state_sha256
+from npu_export.pipeline import export, seeded_images
+from npu_export.weights import find_weights
+from npu_runtime.artifact.store import open_artifact
+from npu_runtime.errors import Error, ParityError, UsageError
+
+FILES = {
+    "manifest.json",
+    "model.b1.onnx",
+    "model.b4.onnx",
+    "model.ts",
+    "reference.safetensors",
+    "weights.onnx.data",
+}
+
+
+def loaded(weights: str) -> nn.Module:
+    return load_network(plan_weights(tiny.TINY, find_weights(tiny.TINY, weights)))
+
+
+def test_an_artifact_holds_the_listed_files_and_nothing_else(tiny_artifact: Path) -> None:
+    manifest = open_artifact(tiny_artifact).manifest
+    assert {path.name for path in tiny_artifact.iterdir()} == FILES
+    assert {record.file for record in manifest.files} == FILES - {"manifest.json"}
+    for record in manifest.files:
+        content = (tiny_artifact / record.file).read_bytes()
+        assert (record.nbytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_nothing_is_left_beside_an_artifact(tiny_artifact: Path) -> None:
+    assert [path.name for path in tiny_artifact.parent.iterdir()] == [tiny_artifact.name]
+
+
+def test_a_manifest_says_what_was_frozen(tiny_artifact: Path) -> None:
+    manifest = open_artifact(tiny_artifact).manifest
+    assert (manifest.encoder, manifest.precision) == ("tiny-vit", "fp32")
+    assert (manifest.inputs, manifest.outputs) == (tiny.TINY.inputs, tiny.TINY.outputs)
+    assert (manifest.tolerances, manifest.preprocessing) == (tiny.TINY.tolerances, tiny.TINY.preprocessing)
+    assert [(p.format, p.file, p.batch, p.entry_point, p.opset, p.needs) for p in manifest.programs] == [
+        ("torchscript", "model.ts", 1, "b1", None, ()),
+        ("torchscript", "model.ts", 4, "b4", None, ()),
+        ("onnx", "model.b1.onnx", 1, None, 18, ("weights.onnx.data",)),
+        ("onnx", "model.b4.onnx", 4, None, 18, ("weights.onnx.data",)),
+    ]
+
+
+def test_a_manifest_says_whose_weights_these_are(tiny_artifact: Path, tiny_checkpoint: Path) -> None:
+    weights = open_artifact(tiny_artifact).manifest.provenance.weights
+    file = tiny_checkpoint / "model.safetensors"
+    assert weights.source == str(tiny_checkpoint)
+    assert [(f.path, f.nbytes, f.sha256) for f in weights.files] == [
+        (str(file), file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+    ]
+    assert weights.layout == "hf"
+    assert weights.random_seed is None
+    assert weights.state_sha256 == state_sha256(loaded(str(tiny_checkpoint)))
+    coverage = weights.coverage
+    assert (coverage.renamed, coverage.transformed, coverage.dropped) == (26, 12, 0)
+    assert coverage.parameters == tiny.TINY.parameters
+
+
+def test_random_weights_are_recorded_as_such(tmp_path: Path) -> None:
+    output = export("tiny-vit", weights="random:3", formats=("onnx",), output=tmp_path / "out")
+    manifest = open_artifact(output).manifest
+    assert (manifest.provenance.weights.source, manifest.provenance.weights.random_seed) == ("random:3", 3)
+    assert manifest.provenance.weights.files == ()
+    assert "RANDOM" in manifest.weights_summary()
+
+
+def test_versions_of_the_tools_are_recorded(tiny_artifact: Path) -> None:
+    versions = open_artifact(tiny_artifact).manifest.provenance.versions
+    assert versions["torch"] == torch.__version__
+    assert versions["numpy"] == np.__version__
+    assert {"npu-export", "python", "timm", "onnx", "onnxruntime"} <= set(versions)
+
+
+def test_the_reference_is_the_eager_networks_output_of_seeded_images(
+    tiny_artifact: Path, tiny_checkpoint: Path
+) -> None:
+    artifact = open_artifact(tiny_artifact)
+    recorded = load_arrays(tiny_artifact / "reference.safetensors")
+    images = [np.random.default_rng(s).standard_normal((3, 32, 32), np.float32) for s in (0, 1, 2, 3)]
+    assert artifact.manifest.reference.seeds == (0, 1, 2, 3)
+    assert np.array_equal(recorded["pixel_values"], np.stack(images))
+    module = tiny.TINY.with_outputs(loaded(str(tiny_checkpoint)))
+    for row, image in enumerate(images):
+        for name, array in zip(("embedding", "tokens"), run_eager(module, image[None])):
+            assert np.array_equal(recorded[name][row], array[0])
+    assert np.array_equal(recorded["embedding"], recorded["tokens"][:, 0])
+
+
+def test_no_two_reference_images_are_alike() -> None:
+    images = seeded_images((0, 1, 2, 3), (3, 4, 4))
+    assert len({image.tobytes() for image in images}) == 4
+    assert np.array_equal(images[2:3], seeded_images((2,), (3, 4, 4)))
+
+
+def test_two_exports_of_the_same_weights_are_the_same_bytes(
+    run_command: Callable[..., subprocess.CompletedProcess[str]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        command = ("npu-export", "--model", "tiny-vit", "--weights", tiny_checkpoint, "--batch", "1,4")
+        run = run_command(*command, "--output", tmp_path / name / "artifact", cwd=tmp_path / name)
+        assert run.returncode == 0, run.stderr
+    for file in FILES:
+        first, second = ((tmp_path / name / "artifact" / file).read_bytes() for name in ("first", "second"))
+        assert first == second, file
+
+
+def test_a_second_export_in_one_process_differs_in_the_name_of_torchs_class_alone(
+    tiny_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    again = export("tiny-vit", weights=str(tiny_checkpoint), batch=(1, 4), output=tmp_path / "again")
+    for file in FILES - {"model.ts", "manifest.json"}:
+        assert (again / file).read_bytes() == (tiny_artifact / file).read_bytes(), file
+    first, second = (open_artifact(folder).manifest for folder in (tiny_artifact, again))
+    assert first.provenance.weights == second.provenance.weights
+
+
+def test_formats_may_be_frozen_alone(tmp_path: Path) -> None:
+    script = export("tiny-vit", weights="random:0", formats=("torchscript",), output=tmp_path / "script")
+    assert {path.name for path in script.iterdir()} == {"manifest.json", "model.ts", "reference.safetensors"}
+    graph = export("tiny-vit", weights="random:0", formats=("onnx",), batch=(2,), output=tmp_path / "graph")
+    assert {path.name for path in graph.iterdir()} == {
+        "manifest.json",
+        "model.b2.onnx",
+        "weights.onnx.data",
+        "reference.safetensors",
+    }
+
+
+def test_the_first_batch_size_given_is_the_forward(tmp_path: Path) -> None:
+    output = export("tiny-vit", weights="random:0", formats=("torchscript",), batch=(4, 1), output=tmp_path / "out")
+    assert [p.batch for p in open_artifact(output).manifest.programs] == [4, 1]
+
+
+def _swap_query_and_key(module: nn.Module) -> None:
+    for tensor in module.network.blocks[1].attn.qkv.parameters():
+        query, key, value = tensor.data.chunk(3)
+        tensor.data = torch.cat([key, query, value])
+
+
+def _swap_blocks(module: nn.Module) -> None:
+    blocks = module.network.blocks
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+
+
+def _tanh_gelu(module: nn.Module) -> None:
+    for block in module.network.blocks:
+        block.mlp.act = nn.GELU(approximate="tanh")
+
+
+def _other_eps(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = 1e-3
+
+
+def _perturb_one_weight(module: nn.Module) -> None:
+    module.network.blocks[0].attn.proj.weight.data[3, 5] += 0.01
+
+
+def _transpose_a_matrix(module: nn.Module) -> None:
+    weight = module.network.blocks[0].attn.proj.weight
+    weight.data = weight.data.T.contiguous()
+
+
+class MeanOfPatches(ClsAndTokens):
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, tokens = super().forward(pixel_values)
+        return tokens[:, 1:].mean(dim=1), tokens
+
+
+def _mean_for_cls(module: nn.Module) -> None:
+    module.__class__ = MeanOfPatches
+
+
+class RowsMixed(ClsAndTokens):
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embedding, tokens = super().forward(pixel_values)
+        return embedding.flip(0), tokens.flip(0)
+
+
+def _mix_rows(module: nn.Module) -> None:
+    module.__class__ = RowsMixed
+
+
+@contextmanager
+def changed_after_the_reference(change: Callable[[Any], None], patch: pytest.MonkeyPatch) -> Iterator[None]:
+    write = pipeline._write_reference
+
+    def write_and_change(encoder: Any, module: nn.Module, path: Path) -> None:
+        write(encoder, module, path)
+        with torch.no_grad():
+            change(module)
+
+    with patch.context() as context:
+        context.setattr(pipeline, "_write_reference", write_and_change)
+        yield
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _swap_query_and_key,
+        _swap_blocks,
+        _tanh_gelu,
+        _other_eps,
+        _perturb_one_weight,
+        _transpose_a_matrix,
+        _mean_for_cls,
+        _mix_rows,
+    ],
+    ids=lambda change: change.__name__.strip("_"),
+)
+def test_a_program_that_differs_from_the_reference_fails_parity_and_leaves_nothing(
+    change: Callable[[Any], None], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        changed_after_the_reference(change, monkeypatch),
+        pytest.raises(ParityError, match="differs from the eager reference") as raised,
+    ):
+        export("tiny-vit", weights=str(tiny_checkpoint), batch=(2,), output=tmp_path / "out")
+    assert raised.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+    failures = str(raised.value.got)
+    for backend in ("torchscript", "onnx"):
+        assert f"{backend} batch 2 embedding max_abs_error" in failures.replace("onnxruntime", "onnx")
+
+
+def test_a_change_that_changes_nothing_passes_parity(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with changed_after_the_reference(lambda module: None, monkeypatch):
+        assert export("tiny-vit", weights=str(tiny_checkpoint), output=tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_give_no_numbers_are_refused_and_leave_nothing(
+    value: float, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    state = load_file(tiny_checkpoint / "model.safetensors")
+    state["vit.encoder.layer.1.output.dense.weight"][3, 5] = value
+    save_file(state, tmp_path / "damaged")
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        export("tiny-vit", weights=str(tmp_path / "damaged"), output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "said"),
+    [
+        ({"model": "tiny-vitt"}, "unknown encoder 'tiny-vitt'", "did you mean tiny-vit?"),
+        ({"model": "resnet"}, "unknown encoder", "--list"),
+        ({"model": ""}, "unknown encoder", "--list"),
+        ({"formats": ("om",)}, "unknown format", "torchscript, onnx"),
+        ({"formats": ()}, "no format was given", "torchscript, onnx"),
+        ({"precision": "fp64"}, "unknown precision", "fp32"),
+        ({"layout": "timm"}, "unknown layout", "auto, hf"),
+        ({"batch": ()}, "wrong batch sizes", "none"),
+        ({"batch": (0,)}, "wrong batch sizes", "got:      0"),
+        ({"batch": (-1,)}, "wrong batch sizes", "got:      -1"),
+        ({"batch": (1, 4, 1)}, "wrong batch sizes", "1,4,1"),
+        ({"batch": (1025,)}, "wrong batch sizes", "from 1 to 1024"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_with_the_choices(
+    arguments: dict[str, Any], message: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        export(**{"model": "tiny-vit", "weights": "random:0", "output": tmp_path / "out", **arguments})
+    assert said in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tests/tiny-vit", "vit_tiny_for_tests"])
+def test_an_encoder_is_known_by_its_name_hub_id_and_aliases(name: str) -> None:
+    assert npu_export.plan.make_request(name).encoder == tiny.TINY
+
+
+@pytest.mark.parametrize("batch", [(1,), (1024,), (8, 4, 1)])
+def test_batch_sizes_that_fit_are_kept_in_order(batch: tuple[int, ...]) -> None:
+    assert npu_export.plan.make_request("tiny-vit", batch=batch).batches == batch
+
+
+def test_without_output_the_artifact_is_named_for_encoder_and_precision() -> None:
+    assert npu_export.plan.make_request("tiny-vit").output == Path("tiny-vit-fp32")
+
+
+def test_an_opset_that_torch_does_not_honour_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Error, match="another opset"):
+        export("tiny-vit", weights="random:0", formats=("onnx",), opset=16, output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that looks for weights."""
+    monkeypatch.setattr(npu_export.plan, "find_weights", lambda *_: pytest.fail("looked for weights"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_output_that_exists_is_refused_before_anything_heavy(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="the output exists"):
+        export("tiny-vit", output=tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_is_no_artifact_is_never_replaced(force: bool, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("irreplaceable")
+    with pytest.raises(UsageError, match="the output exists"):
+        export("tiny-vit", output=tmp_path / "out", force=force)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "irreplaceable"
+
+
+def test_force_replaces_an_artifact(artifact_copy: Path) -> None:
+    export("tiny-vit", weights="random:1", formats=("onnx",), output=artifact_copy, force=True)
+    assert open_artifact(artifact_copy).manifest.provenance.weights.random_seed == 1
+    assert "model.ts" not in {path.name for path in artifact_copy.iterdir()}
+
+
+def test_a_failed_export_keeps_the_artifact_that_it_would_have_replaced(
+    artifact_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in artifact_copy.iterdir()}
+    with changed_after_the_reference(_swap_blocks, monkeypatch), pytest.raises(ParityError):
+        export("tiny-vit", weights="random:1", output=artifact_copy, force=True)
+    assert {path.name: path.read_bytes() for path in artifact_copy.iterdir()} == before
+    assert list(artifact_copy.parent.iterdir()) == [artifact_copy]
+
+
+def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = collections.namedtuple("usage", "total used free")
+    needed = 2 * 4 * tiny.TINY.parameters + pipeline.DISK_MARGIN_NBYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
+    with pytest.raises(Error, match="too little room") as raised:
+        export("tiny-vit", weights="random:0", output=tmp_path / "a" / "out")
+    assert raised.value.where == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed + (1 << 20)))
+    assert export("tiny-vit", weights="random:0", output=tmp_path / "a" / "out").is_dir()
+
+
+def test_the_planned_sizes_are_about_those_of_the_files(tiny_artifact: Path, tmp_path: Path) -> None:
+    request = npu_export.plan.make_request("tiny-vit", output=tmp_path / "out")
+    sizes = npu_export.plan.plan_export(request, "random:0").sizes()
+    assert set(sizes) == {"model.ts", "weights.onnx.data", "reference.safetensors"}
+    for name, nbytes in sizes.items():
+        assert nbytes <= (tiny_artifact / name).stat().st_size + 4096
+        assert (tiny_artifact / name).stat().st_size < nbytes + (256 << 10)
+
+
+def test_a_file_that_torch_cannot_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch.jit, "save", failing)
+    with pytest.raises(Error, match="could not be written"):
+        export("tiny-vit", weights="random:0", output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_watches_is_told_of_each_step(tmp_path: Path) -> None:
+    class Watching(pipeline.Silent):
+        steps: list[str] = []  # noqa: RUF012
+        details: list[str] = []  # noqa: RUF012
+
+        def step(self, name: str) -> Any:
+            self.steps.append(name)
+            return super().step(name)
+
+        def detail(self, text: str) -> None:
+            self.details.append(text)
+
+    export("tiny-vit", weights="random:0", output=tmp_path / "out", steps=Watching())
+    assert Watching.steps[0] == "find the weights and plan the keys"
+    assert {"load the weights", "record the reference"} < set(Watching.steps)
+    assert "random:0, layout hf" in Watching.details
+
+
+def test_outside_a_checkout_there_is_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "provenance.py").touch()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.project_revision() is None
+
+
+def test_an_installed_copy_inside_somebody_elses_checkout_has_no_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(tmp_path, "theirs.py")
+    (tmp_path / "provenance.py").touch()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.project_revision() is None
+
+
+def test_in_a_checkout_the_revision_says_whether_there_were_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = commit(tmp_path, "provenance.py")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.project_revision() == revision
+    (tmp_path / "provenance.py").write_text("changed")
+    assert provenance.project_revision() == f"{revision}-dirty"
+
+
+def test_without_git_there_is_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert provenance.project_revision() is None
+
+
+def commit(folder: Path, name: str) -> str:
+    """Make a repository with one file in one commit; returns the revision."""
+    (folder / name).touch()
+    git = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "-q"], ["add", name], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *arguments], check=True, timeout=60)
+    return subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.strip()
+
+
+def test_the_manifest_is_json_that_names_its_schema(tiny_artifact: Path) -> None:
+    document = json.loads((tiny_artifact / "manifest.json").read_text("utf-8"))
+    assert document["schema"].startswith("1.")
