@@ -84,11 +84,12 @@ class ExportServer:
         signal: int | None = None,
         after: str = "",
         delay_s: float = 0,
+        hold_s: float = 0,
         slow_renames_s: float = 0,
         largest_file: int | None = None,
         check_disk: bool = True,
     ) -> Result:
-        """An export; the signal is sent `delay_s` after its stderr holds `after`."""
+        """An export; the signal is sent `delay_s` after its stderr holds `after`, where it waits `hold_s`."""
         request = {
             "arguments": ["--model", "tiny-vit", *map(str, arguments)],
             "stdout": str(self._scratch / "stdout"),
@@ -96,6 +97,7 @@ class ExportServer:
             "signal": signal,
             "after": after,
             "delay_s": delay_s,
+            "hold_s": hold_s,
             "slow_renames_s": slow_renames_s,
             "largest_file": largest_file,
             "check_disk": check_disk,

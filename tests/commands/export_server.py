@@ -6,12 +6,14 @@ an export imports is imported once and every export is a fork, so that many deat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import npu_export.pipeline as pipeline
 from npu_export import lint, onnx, torchscript  # noqa: F401 (imported for the forks)
 from npu_export.cli import main
 from npu_export.timm_import import import_timm
+from npu_runtime.cli.console import StepProgress
 
 
 def slow_down_renames(seconds: float) -> None:
@@ -42,12 +45,28 @@ def slow_down_renames(seconds: float) -> None:
     Path.rename = slow  # type: ignore[method-assign, assignment]
 
 
+def hold_after(text: str, seconds: float) -> None:
+    """Wait, for a signal, once a step whose name holds `text` is done."""
+    step = StepProgress.step
+
+    @contextlib.contextmanager
+    def held(self: StepProgress, name: str) -> Iterator[None]:
+        with step(self, name):
+            yield
+        if text in name:
+            time.sleep(seconds)
+
+    StepProgress.step = held  # type: ignore[method-assign, assignment]
+
+
 def run_export(request: dict[str, Any]) -> None:
     """Be the process of one export; does not return."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     if request["slow_renames_s"]:
         slow_down_renames(request["slow_renames_s"])
+    if request["hold_s"]:
+        hold_after(request["after"], request["hold_s"])
     if not request["check_disk"]:
         pipeline.DISK_MARGIN_NBYTES = -sys.maxsize
     if request["largest_file"] is not None:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -71,7 +70,7 @@ def test_an_export_killed_at_any_moment_leaves_no_artifact_or_a_whole_one(
 def test_an_interrupted_export_exits_with_130_and_leaves_nothing(
     ending: signal.Signals, after: str, exports: ExportServer, tmp_path: Path
 ) -> None:
-    result = exports.run("--weights", "random:1", "--output", tmp_path / "a", signal=ending, after=after)
+    result = exports.run("--weights", "random:1", "--output", tmp_path / "a", signal=ending, after=after, hold_s=30)
     assert result.code == 130
     assert result.out == ""
     assert result.err.endswith("interrupted\n")
@@ -80,11 +79,22 @@ def test_an_interrupted_export_exits_with_130_and_leaves_nothing(
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_while_packages_are_imported_exits_with_130(ending: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, tiny.__file__, "npu-export", "--model", "tiny-vit", "--weights", "random:1"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        tiny.__file__,
+        "npu-export",
+        "--model",
+        "tiny-vit",
+        "--weights",
+        "random:1",
+    ]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(1)
+    assert process.stderr is not None
+    assert any("torch." in line for line in process.stderr)
     process.send_signal(ending)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, entries(tmp_path)) == (130, "", set())
@@ -98,7 +108,7 @@ def test_a_kill_while_an_artifact_is_replaced_never_loses_it(after: str, exports
     assert exports.run("--weights", "random:1", *arguments).code == 0
     old = digest_of_whole(output)
     killed = exports.run(
-        "--weights", "random:2", *arguments, "--force", signal=signal.SIGKILL, after=after, slow_renames_s=1
+        "--weights", "random:2", *arguments, "--force", signal=signal.SIGKILL, after=after, hold_s=30, slow_renames_s=3
     )
     assert killed.code == -signal.SIGKILL
     assert output.exists() == (after != "rename 1")
@@ -118,7 +128,7 @@ def test_an_interrupt_while_an_artifact_is_replaced_keeps_one_under_its_name(
     arguments = ("--format", "torchscript", "--output", output)
     assert exports.run("--weights", "random:1", *arguments).code == 0
     result = exports.run(
-        "--weights", "random:2", *arguments, "--force", signal=signal.SIGINT, after="rename 1", slow_renames_s=1
+        "--weights", "random:2", *arguments, "--force", signal=signal.SIGINT, after="rename 1", slow_renames_s=3
     )
     assert result.code == 130
     digest_of_whole(output)
