@@ -101,9 +101,7 @@ def command(
         force=force,
     )
     steps = StepProgress()
-    with steps.step("find the weights and plan the keys"):
-        plan = plan_export(request, weights)
-        steps.detail(f"{plan.weights.checkpoint.source}, layout {plan.weights.layout.name}")
+    plan = plan_export(request, weights, steps)
     if dry_run:
         return _print_plan(plan, as_json)
     from npu_export.pipeline import run_export

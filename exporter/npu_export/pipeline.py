@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from npu_export.errors import CheckpointError
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.provenance import describe_provenance
+from npu_export.steps import Silent, Steps
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import (
     MANIFEST_NAME,
@@ -29,33 +31,13 @@ from npu_runtime.errors import Error, ParityError
 from npu_runtime.parity.verify import ProgramParity, measure_parity
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from torch import nn
 
 TORCHSCRIPT_FILE = "model.ts"
 REFERENCE_FILE = "reference.safetensors"
+NOT_HASHED = ""
+"""In place of a program's hash until every file of the artifact is hashed, once."""
 DISK_MARGIN_NBYTES = 64 << 20
-
-
-class Steps(Protocol):
-    """Who is told of the steps: called with a step's name around it, and again with what came of it."""
-
-    def step(self, name: str) -> AbstractContextManager[None]: ...
-
-    def detail(self, text: str) -> None: ...
-
-
-class Silent:
-    """Steps that nobody watches."""
-
-    def step(self, name: str) -> AbstractContextManager[None]:
-        import contextlib
-
-        return contextlib.nullcontext()
-
-    def detail(self, text: str) -> None:
-        pass
 
 
 def export(
@@ -90,10 +72,7 @@ def export(
         force=force,
     )
     watch = steps or Silent()
-    with watch.step("find the weights and plan the keys"):
-        plan = plan_export(request, weights)
-        watch.detail(f"{plan.weights.checkpoint.source}, layout {plan.weights.layout.name}")
-    return run_export(plan, watch)
+    return run_export(plan_export(request, weights, watch), watch)
 
 
 def run_export(plan: ExportPlan, steps: Steps) -> Path:
@@ -122,10 +101,11 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> None:
     if "onnx" in request.formats:
         programs += _freeze_onnx(plan, module, folder, steps)
     with steps.step("hash the files and write the manifest"):
-        files = tuple(record_file(folder, path.name) for path in sorted(folder.iterdir()))
-        manifest = _describe(plan, programs, files, provenance)
+        files = {path.name: record_file(folder, path.name) for path in sorted(folder.iterdir())}
+        hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
+        manifest = _describe(plan, hashed, tuple(files.values()), provenance)
         (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
-        steps.detail(f"{sum(record.nbytes for record in files) / 1e6:,.0f} MB in {len(files)} files")
+        steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
 
 
 def check_parity(folder: Path, steps: Steps) -> None:
@@ -209,9 +189,8 @@ def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps
         write_torchscript(program, folder / TORCHSCRIPT_FILE, plan.sizes()[TORCHSCRIPT_FILE])
         empty_constants(program, [entry_point(b) for b in batches])
         steps.detail("device-clean, no float64")
-    sha256 = record_file(folder, TORCHSCRIPT_FILE).sha256
     return [
-        Program("torchscript", TORCHSCRIPT_FILE, b, sha256, needs=(), entry_point=entry_point(b), opset=None)
+        Program("torchscript", TORCHSCRIPT_FILE, b, NOT_HASHED, needs=(), entry_point=entry_point(b), opset=None)
         for b in batches
     ]
 
@@ -220,7 +199,7 @@ def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps
     from npu_export import onnx
     from npu_export.lint import lint_onnx
 
-    request, programs = plan.request, []
+    request, programs = plan.request, list[Program]()
     with (folder / onnx.WEIGHTS_FILE).open("wb") as file:
         weights = onnx.WeightsFile(file)
         for batch in request.batches:
@@ -232,21 +211,11 @@ def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps
                 lint_onnx(model, name)
                 onnx.write_graph(model, weights, folder / name)
                 steps.detail(f"opset {request.opset}, fixed shapes, no float64")
-            programs.append((name, batch))
-    for name, _ in programs:
-        onnx.check_graph(folder / name)
-    return [
-        Program(
-            "onnx",
-            name,
-            batch,
-            record_file(folder, name).sha256,
-            needs=(onnx.WEIGHTS_FILE,),
-            entry_point=None,
-            opset=request.opset,
-        )
-        for name, batch in programs
-    ]
+            needs = (onnx.WEIGHTS_FILE,)
+            programs.append(Program("onnx", name, batch, NOT_HASHED, needs, entry_point=None, opset=request.opset))
+    for program in programs:
+        onnx.check_graph(folder / program.file)
+    return programs
 
 
 def _describe(

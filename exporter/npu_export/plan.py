@@ -12,6 +12,7 @@ from npu_export.encoders import find_encoder
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import WeightsPlan, plan_weights
 from npu_export.preprocessor_config import resolve_preprocessing
+from npu_export.steps import Silent, Steps
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import Preprocessing
 from npu_runtime.artifact.staging import check_output
@@ -101,19 +102,22 @@ def make_request(
     return Request(encoder, ordered, tuple(batch), layout, precision, opset, folder, force)
 
 
-def plan_export(request: Request, weights: str | None) -> ExportPlan:
+def plan_export(request: Request, weights: str | None, steps: Steps | None = None) -> ExportPlan:
     """The plan for a request; finds the checkpoint, reads its keys and settings, and no tensor.
 
     Raises UsageError when the output exists, UnavailableError when a package is missing, CheckpointError
     when the weights cannot be had or used whole.
     """
-    check_output(request.output, force=request.force)
-    _check_packages(request.formats)
-    if "onnx" in request.formats:
-        _check_opset(request.opset)
-    checkpoint = find_weights(request.encoder, weights)
-    plan = plan_weights(request.encoder, checkpoint, request.layout)
-    return ExportPlan(request, plan, resolve_preprocessing(checkpoint, request.encoder.preprocessing))
+    watch = steps or Silent()
+    with watch.step("find the weights and plan the keys"):
+        check_output(request.output, force=request.force)
+        _check_packages(request.formats)
+        if "onnx" in request.formats:
+            _check_opset(request.opset)
+        checkpoint = find_weights(request.encoder, weights)
+        plan = plan_weights(request.encoder, checkpoint, request.layout)
+        watch.detail(f"{checkpoint.source}, layout {plan.layout.name}")
+        return ExportPlan(request, plan, resolve_preprocessing(checkpoint, request.encoder.preprocessing))
 
 
 def _check_packages(formats: Sequence[str]) -> None:

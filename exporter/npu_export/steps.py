@@ -1,0 +1,25 @@
+"""Who is told of an export's steps."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+
+class Steps(Protocol):
+    """`step` is entered around each step; within it, `detail` says what came of it."""
+
+    def step(self, name: str) -> AbstractContextManager[None]: ...
+
+    def detail(self, text: str) -> None: ...
+
+
+class Silent:
+    """Steps that nobody watches."""
+
+    def step(self, name: str) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def detail(self, text: str) -> None:
+        pass
