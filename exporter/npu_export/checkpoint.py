@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import pickle
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from npu_export.errors import CheckpointError
+from npu_export.random_weights import parse_seed
 
 if TYPE_CHECKING:
     import torch
@@ -159,9 +159,10 @@ def _open_safetensors(file: Path) -> _Opened:
         seed = (opened.metadata() or {}).get(RANDOM_SEED_METADATA)
         _check_floating({name: _FLOATING.get(s.get_dtype(), s.get_dtype()) for name, s in slices.items()}, file)
         shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-    if seed is not None and not re.fullmatch(r"[0-9]{1,18}", seed):
+    random_seed = None if seed is None else parse_seed(seed)
+    if random_seed is None and seed is not None:
         raise CheckpointError("the file says its weights are random but gives no seed", where=file, got=repr(seed))
-    return _Opened(shapes, functools.partial(_read_safetensors, file), None if seed is None else int(seed))
+    return _Opened(shapes, functools.partial(_read_safetensors, file), random_seed)
 
 
 @contextmanager

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 
 import numpy as np
 import numpy.typing as npt
+
+
+def parse_seed(text: str) -> int | None:
+    """The seed that a text spells in decimal digits; None where it spells none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def seeded_tensor(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from npu_export.encoders.spec import EncoderSpec
 from npu_export.hub import fetch_checkpoint
 from npu_export.keymap import source_shapes
 from npu_export.network import network_shapes
-from npu_export.random_weights import seeded_tensor
+from npu_export.random_weights import parse_seed, seeded_tensor
 from npu_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,16 +34,17 @@ def find_weights(encoder: EncoderSpec, weights: str | None) -> Checkpoint:
     return open_checkpoint(Path(weights))
 
 
-def random_checkpoint(encoder: EncoderSpec, seed: str) -> Checkpoint:
+def random_checkpoint(encoder: EncoderSpec, digits: str) -> Checkpoint:
     """Seeded random weights under the keys of the encoder's first layout, made as they are read."""
-    if not re.fullmatch(r"[0-9]{1,18}", seed):
-        raise UsageError("random weights need a seed", expected="random:SEED, such as random:0", got=f"random:{seed}")
+    seed = parse_seed(digits)
+    if seed is None:
+        raise UsageError("random weights need a seed", expected="random:SEED, such as random:0", got=f"random:{digits}")
     layout = encoder.layouts[0]
     shapes = source_shapes(layout.rules, network_shapes(layout))
 
     def read(name: str) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(seeded_tensor(name, shapes[name], int(seed)))
+        return torch.from_numpy(seeded_tensor(name, shapes[name], seed))
 
-    return Checkpoint(f"random:{int(seed)}", None, int(seed), shapes, lambda: contextlib.nullcontext(read))
+    return Checkpoint(f"random:{seed}", None, seed, shapes, lambda: contextlib.nullcontext(read))

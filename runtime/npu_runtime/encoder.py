@@ -43,12 +43,12 @@ def load(
     """
     from npu_runtime.artifact.store import Artifact, open_artifact
     from npu_runtime.backends.base import Options
-    from npu_runtime.backends.table import FORMATS, choose_backend, find_backend
+    from npu_runtime.backends.table import backend_name, choose_backend, find_backend
     from npu_runtime.devices import require_device
 
     artifact = path if isinstance(path, Artifact) else open_artifact(path)
     target = require_device(device)
-    name = choose_backend(artifact.manifest, target) if backend is None else FORMATS.get(backend, backend)
+    name = choose_backend(artifact.manifest, target) if backend is None else backend_name(backend)
     opener = find_backend(name)
     frozen = sorted({p.batch for p in artifact.manifest.programs_for(opener.format)})
     if not frozen:

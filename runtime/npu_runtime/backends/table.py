@@ -29,9 +29,14 @@ def backend_names() -> list[str]:
     return [*BUILT_IN, *(name for name in _added() if name not in BUILT_IN)]
 
 
+def backend_name(name: str) -> str:
+    """The backend that a name means, where a format stands for the one that opens it."""
+    return FORMATS.get(name, name)
+
+
 def find_backend(name: str) -> Backend:
     """The backend of a name or of a format; raises UsageError for an unknown one."""
-    name = FORMATS.get(name, name)
+    name = backend_name(name)
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")
         backend: Backend = getattr(importlib.import_module(module), attribute)()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 from npu_runtime.artifact.schema import Program
@@ -33,7 +32,6 @@ class TorchScriptSession:
         self._path = artifact.path
         self._outputs = artifact.manifest.outputs
         self._names = [output.name for output in self._outputs]
-        self._lock = threading.Lock()
         self._methods = {}
         modules = {}
         for program in programs:

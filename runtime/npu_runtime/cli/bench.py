@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.store import Artifact, open_artifact
-from npu_runtime.backends.table import FORMATS, backend_names
+from npu_runtime.backends.table import FORMATS, backend_name, backend_names
 from npu_runtime.bench.measure import measure_latency
 from npu_runtime.bench.statistics import Latency, paired_speedup, summarise_latency
 from npu_runtime.cli.console import StepProgress, narration, print_json, print_line, print_table, print_weights
@@ -118,7 +118,7 @@ def _open(
     stack: contextlib.ExitStack,
 ) -> tuple[dict[str, Encoder], dict[str, str]]:
     """Encoders by backend, and the reasons of those that cannot run; a named one must."""
-    wanted = [FORMATS.get(name, name) for name in named]
+    wanted = [backend_name(name) for name in named]
     if not named:
         wanted = [EAGER, *(FORMATS[format] for format in artifact.manifest.formats() if format in FORMATS)]
     if weights is not None and EAGER not in wanted:

@@ -8,7 +8,7 @@ import click
 
 from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.store import open_artifact
-from npu_runtime.backends.table import FORMATS
+from npu_runtime.backends.table import backend_name
 from npu_runtime.cli.console import StepProgress, print_error, print_json, print_line, print_table, print_weights
 from npu_runtime.cli.options import artifact_argument, device_option, json_option, threads_option
 from npu_runtime.environment import describe_environment
@@ -37,7 +37,7 @@ def command(artifact: str, backend: str | None, device: str, threads: int | None
         opened.check_files()
     rows: list[ProgramParity] = []
     not_run: dict[str, str] = {}
-    for name in [backend] if backend else [FORMATS.get(format, format) for format in manifest.formats()]:
+    for name in [backend] if backend else map(backend_name, manifest.formats()):
         try:
             with steps.step(f"run {name}"):
                 rows += measure_parity(opened, backend=name, device=device, threads=threads)
