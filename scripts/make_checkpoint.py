@@ -12,10 +12,10 @@ from npu_export.random_weights import seeded_tensor
 
 
 def read_layout(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by key from a file of `key<TAB>dims` lines, dims with commas between."""
+    """Shapes by key from a file of `key<TAB>dims` lines, dims with commas between, none for a scalar."""
     lines = path.read_text("utf-8").splitlines()
     pairs = (line.split("\t") for line in lines if line)
-    return {key: tuple(int(size) for size in dims.split(",")) for key, dims in pairs}
+    return {key: tuple(int(size) for size in dims.split(",") if size) for key, dims in pairs}
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny encoder's seeded weights in Hugging Face's layout. Not to be changed."""
+    """A folder with the tiny ViT's seeded weights as Hugging Face's file names them. Not to be changed."""
     folder = tmp_path_factory.mktemp("checkpoint")
     seeded = find_weights(tiny.TINY, "random:0")
-    save_file({name: seeded.read(name) for name in seeded.shapes}, folder / "model.safetensors")
+    save_file({f"vit.{name}": seeded.read(name) for name in seeded.shapes}, folder / "model.safetensors")
     return folder
 
 

@@ -1,38 +1,31 @@
-"""Read checkpoints safely: names and shapes first, tensors one at a time, and never code."""
+"""Open checkpoints: what lies in a file or folder, its names and shapes first, tensors one at a time."""
 
 from __future__ import annotations
 
-import functools
 import json
-import pickle
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from npu_export.errors import CheckpointError
-from npu_export.random_weights import parse_seed
+from npu_export.weight_files import Read, WeightsFile, open_weights_file
 
 if TYPE_CHECKING:
     import torch
-    from safetensors import safe_open
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names under which Hugging Face publishes weights, the first that exists is read."""
+INDEX_SUFFIX = ".index.json"
+"""Behind the name of a weights file: a JSON object whose `weight_map` names the shard of each tensor."""
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")
+"""Names that end so may hold weights, where a folder has none of the usual names."""
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
-RANDOM_SEED_METADATA = "npu_export.random_seed"
-"""Under this name a safetensors file that was made from a seed says so, and is never taken for trained weights."""
 
-_ZIP = b"PK\x03\x04"
-_PICKLE = b"\x80\x02"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_FLOATING = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-Read = Callable[[str], "torch.Tensor"]
+CONTAINERS = tuple(f"{name}/" for name in ("state_dict", "model", "weights", "ema", "model_ema"))
+"""Dicts in which training programs keep the state dict. A slash stands between a dict and its keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +34,19 @@ class Checkpoint:
 
     source: str
     """As the user may ask for it again: a path, `hf:ID@REVISION` or `random:SEED`."""
-    file: Path | None
-    """The weights file; None for random weights."""
+    files: tuple[Path, ...]
+    """The weights file, or the index and its shards; empty for random weights."""
     random_seed: int | None
     """Seed of random weights; None for all others."""
-    shapes: Shapes
+    shapes: Mapping[str, tuple[int, ...]]
+    """By key; a dict inside the file adds its name and a slash."""
+    dtypes: Mapping[str, str]
+    """By key, as torch or numpy names them; the Python type of what is no tensor."""
     tensors: Callable[[], AbstractContextManager[Read]]
-    """Opens the file; within the block the function it gives reads a tensor by its name, on the CPU and in
-    the stored dtype. Tensors may be views of the mapped file, which stays mapped while one lives."""
+    """Opens the files; within the block the function it gives reads a tensor by its name, on the CPU and
+    in the stored dtype. Tensors may be views of the mapped file, which stays mapped while one lives."""
     config: Mapping[str, object] | None = None
-    """Hugging Face's config.json; None where there is none."""
+    """The config.json of Hugging Face or timm; None where there is none."""
     preprocessor: Mapping[str, object] | None = None
     """Hugging Face's preprocessor_config.json; None where there is none."""
 
@@ -60,36 +56,39 @@ class Checkpoint:
             return read(name)
 
 
-class _Opened(NamedTuple):
-    """What a weights file says before its tensors are read."""
+def open_checkpoint(path: Path, source: str | None = None, names: tuple[str, ...] = ()) -> Checkpoint:
+    """The checkpoint in a file, a shards' index or a folder.
 
-    shapes: Shapes
-    tensors: Callable[[], AbstractContextManager[Read]]
-    random_seed: int | None
-
-
-def open_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
-    """The checkpoint in a file, or in a folder that holds one of `WEIGHT_FILES`.
-
-    `config.json` and `preprocessor_config.json` are read where they lie beside a published weights
-    file. Raises CheckpointError for what is missing, truncated, a git-LFS pointer, not a flat mapping
-    of floating-point tensors, or a pickle that needs code to load.
+    In a folder, the first of `WEIGHT_FILES`, their indexes and `names` is read, else its only weights file.
+    `config.json` and `preprocessor_config.json` are read where they lie beside a published weights file.
+    Raises CheckpointError for what is missing, truncated, a git-LFS pointer, a pickle that needs code to
+    load, or a folder with several weights files of other names.
     """
-    file = _weights_file(path)
-    opened = _open_file(file)
-    published = file.name in WEIGHT_FILES
+    file = _weights_file(path, names)
+    shards = _shards(file) if file.name.endswith(INDEX_SUFFIX) else {}
+    opened = {name: open_weights_file(name) for name in (dict.fromkeys(shards.values()) or (file,))}
+    file_of = {key: name for name, content in opened.items() for key in content.shapes}
+    _check_index(file, shards, opened)
+    seeds = {content.random_seed for content in opened.values()}
+    published = path.is_dir() or file.name.removesuffix(INDEX_SUFFIX) in (*WEIGHT_FILES, *names)
     return Checkpoint(
         source=source or str(path),
-        file=file,
-        random_seed=opened.random_seed,
-        shapes=opened.shapes,
-        tensors=opened.tensors,
-        config=read_settings(file.with_name(CONFIG_FILE)) if published else None,
-        preprocessor=read_settings(file.with_name(PREPROCESSOR_FILE)) if published else None,
+        files=(file, *opened) if shards else (file,),
+        random_seed=max((seed for seed in seeds if seed is not None), default=None),
+        shapes={key: shape for content in opened.values() for key, shape in content.shapes.items()},
+        dtypes={key: dtype for content in opened.values() for key, dtype in content.dtypes.items()},
+        tensors=lambda: _read_files(opened, file_of),
+        config=read_json(file.with_name(CONFIG_FILE)) if published else None,
+        preprocessor=read_json(file.with_name(PREPROCESSOR_FILE)) if published else None,
     )
 
 
-def read_settings(path: Path) -> Mapping[str, object] | None:
+def shard_names(index: Path) -> list[str]:
+    """Names of the files that an index names, each once."""
+    return list(dict.fromkeys(path.name for path in _shards(index, exist=False).values()))
+
+
+def read_json(path: Path) -> Mapping[str, object] | None:
     """A JSON object from a file, None where the file does not exist."""
     try:
         settings = json.loads(path.read_text("utf-8"))
@@ -104,145 +103,92 @@ def read_settings(path: Path) -> Mapping[str, object] | None:
     return settings
 
 
-def _weights_file(path: Path) -> Path:
+@contextmanager
+def _read_files(opened: Mapping[Path, WeightsFile], file_of: Mapping[str, Path]) -> Iterator[Read]:
+    with ExitStack() as stack:
+        readers: dict[Path, Read] = {}
+
+        def read(key: str) -> torch.Tensor:
+            file = file_of[key]
+            if file not in readers:
+                readers[file] = stack.enter_context(opened[file].tensors())
+            return readers[file](key)
+
+        yield read
+        readers.clear()
+
+
+def _weights_file(path: Path, names: tuple[str, ...]) -> Path:
+    usual = (*WEIGHT_FILES, *(name + INDEX_SUFFIX for name in WEIGHT_FILES), *names)
     if not path.exists():
         raise CheckpointError(
             "there is no such checkpoint",
             where=path,
-            expected=f"a file, or a folder with {' or '.join(WEIGHT_FILES)}",
+            expected=f"a file, or a folder with {' or '.join(usual)}",
             hint="check the path given with --weights",
         )
     if not path.is_dir():
         return path
-    for name in WEIGHT_FILES:
+    for name in usual:
         if (path / name).exists():
             return path / name
     found = sorted(p.name for p in path.iterdir())
+    weights = [name for name in found if name.endswith(SUFFIXES)]
+    if len(weights) == 1:
+        return path / weights[0]
+    listed = weights or found
     raise CheckpointError(
-        "the folder holds no weights",
+        "the folder holds several weights files" if weights else "the folder holds no weights",
         where=path,
-        expected=" or ".join(WEIGHT_FILES),
-        got=", ".join(found[:8]) + (", …" if len(found) > 8 else "") if found else "an empty folder",
+        expected=" or ".join(usual),
+        got=", ".join(listed[:8]) + (", …" if len(listed) > 8 else "") if listed else "an empty folder",
         hint="pass the weights file itself with --weights",
     )
 
 
-def _open_file(file: Path) -> _Opened:
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(1024)
-    except OSError as error:
-        raise CheckpointError("the checkpoint cannot be read", where=file, got=error) from error
-    if head.startswith(_LFS_POINTER):
+def _shards(index: Path, *, exist: bool = True) -> dict[str, Path]:
+    """The shard of each key. Raises CheckpointError for an index that is none, and for shards that are not there."""
+    content = read_json(index) or {}
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(
-            "this is a git-LFS pointer, not the weights",
-            where=file,
-            expected="the weights themselves",
-            got=f"{file.stat().st_size} bytes of text that name them",
-            hint="run `git lfs pull` in that clone, or download the file from the hub",
+            "the index names no shards",
+            where=index,
+            expected="an object `weight_map` of file names by key",
+            got=", ".join(content) or "nothing",
         )
-    if head.startswith(_ZIP) and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
+    outside = sorted({name for name in weight_map.values() if Path(name).name != name or name in ("", "..")})
+    if outside or not weight_map:
         raise CheckpointError(
-            "this is a numpy archive (.npz), which no layout is read from",
-            where=file,
-            expected="a safetensors file, or a torch file",
-            hint="use the encoder's checkpoint on the hub: leave --weights out, or download it from there",
+            "the index names files outside of its folder" if outside else "the index is empty",
+            where=index,
+            expected="file names without a folder",
+            got=", ".join(outside) or None,
         )
-    if head.startswith((_ZIP, _PICKLE)):
-        return _open_pickle(file)
-    return _open_safetensors(file)
-
-
-def _open_safetensors(file: Path) -> _Opened:
-    with _safetensors(file) as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no iterator of its own)
-        seed = (opened.metadata() or {}).get(RANDOM_SEED_METADATA)
-        _check_floating({name: _FLOATING.get(s.get_dtype(), s.get_dtype()) for name, s in slices.items()}, file)
-        shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-    random_seed = None if seed is None else parse_seed(seed)
-    if random_seed is None and seed is not None:
-        raise CheckpointError("the file says its weights are random but gives no seed", where=file, got=repr(seed))
-    return _Opened(shapes, functools.partial(_read_safetensors, file), random_seed)
-
-
-@contextmanager
-def _read_safetensors(file: Path) -> Iterator[Read]:
-    with _safetensors(file) as opened:
-        yield opened.get_tensor
-
-
-def _safetensors(file: Path) -> safe_open:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except SafetensorError as error:
+    shards = {key: index.with_name(name) for key, name in weight_map.items()}
+    missing = sorted({path.name for path in shards.values() if not path.exists()}) if exist else []
+    if missing:
         raise CheckpointError(
-            "the file is no whole safetensors file",
-            where=file,
-            expected="a safetensors file, or a torch file",
-            got=f"{file.stat().st_size} bytes: {error}",
-            hint="the download may have stopped early; fetch it again and compare its sha256",
-        ) from error
-
-
-def _open_pickle(file: Path) -> _Opened:
-    state = _load_pickle(file)
-    _check_floating({name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}, file)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return _Opened(shapes, functools.partial(_read_pickle, file), None)
-
-
-@contextmanager
-def _read_pickle(file: Path) -> Iterator[Read]:
-    yield _load_pickle(file).__getitem__
-
-
-def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    import torch
-
-    try:
-        # Only the zip format can be memory-mapped; files from before torch 1.6 are read whole.
-        with file.open("rb") as opened:
-            mapped = opened.read(len(_ZIP)) == _ZIP
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            "the pickle needs code to load, which is refused because it could do anything",
-            where=file,
-            expected="a state dict that torch.load(weights_only=True) reads",
-            got=str(error).strip().splitlines()[0],
-            hint="save model.state_dict() from a program that you trust, best as safetensors",
-        ) from error
-    except Exception as error:  # a damaged pickle fails wherever its opcodes lead: IndexError, struct.error, …
-        raise CheckpointError(
-            "the file is no whole torch file",
-            where=file,
-            expected="a state dict written by torch.save",
-            got=f"{file.stat().st_size} bytes: {str(error).strip().splitlines()[0] if str(error) else error!r}",
-            hint="the download may have stopped early; fetch it again and compare its sha256",
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
-        raise CheckpointError(
-            "the torch file holds no flat state dict",
-            where=file,
-            expected="a dict of tensors by name",
-            got=f"a dict with {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, dict) else type(state),
-            hint="save the state dict itself",
+            "shards of the checkpoint are missing",
+            where=index,
+            expected=f"{len(set(shards.values()))} files beside the index",
+            got=f"no {', '.join(missing)}",
+            hint="the download may have stopped early; fetch the missing files",
         )
-    return state
+    return shards
 
 
-def _check_floating(dtypes: Mapping[str, str], file: Path) -> None:
-    allowed = tuple(_FLOATING.values())
-    wrong = [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in allowed]
+def _check_index(index: Path, shards: Mapping[str, Path], opened: Mapping[Path, WeightsFile]) -> None:
+    """Each shard holds the keys that the index says, and no others."""
+    if not shards:
+        return
+    held = {(key, file) for file, content in opened.items() for key in content.shapes}
+    wrong = sorted(f"{key} in {file.name}" for key, file in held ^ set(shards.items()))
     if wrong:
         raise CheckpointError(
-            "the checkpoint holds tensors of other dtypes",
-            where=file,
-            expected=", ".join(allowed),
+            "the index and its shards do not agree",
+            where=index,
+            expected="each key in the file that the index names, and nowhere else",
             got="\n".join(wrong[:10]) + ("\n…" if len(wrong) > 10 else ""),
-            hint="convert the checkpoint to float32 first",
+            hint="the shards may be of another checkpoint; fetch index and shards together",
         )

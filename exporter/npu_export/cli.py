@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from npu_export.encoders import ENCODERS
 from npu_export.plan import DEFAULT_OPSET, FORMATS, PRECISIONS, ExportPlan, make_request, plan_export
+from npu_export.recognise import describe_coverage
 from npu_runtime import __version__
 from npu_runtime.artifact.codec import to_json
 from npu_runtime.cli.console import (
@@ -36,12 +37,24 @@ if TYPE_CHECKING:
 @click.option("--batch", default="1", show_default=True, callback=parse_batches, metavar="N,N…", help="Batch sizes.")
 @click.option(
     "--weights",
-    metavar="FILE|DIR|hf:ID|random:SEED",
-    help="Where the weights lie; hf:ID[@REVISION] names a hub repository, random:SEED makes seeded ones. "
+    metavar="FILE|DIR|hf:ID|ms:ID|random:SEED",
+    help="Where the weights lie: a file, a folder or an index of shards; hf:ID[/FILE][@REVISION] and ms:ID name a "
+    "repository on Hugging Face or ModelScope, random:SEED makes seeded ones. "
     " [default: the encoder's own on the hub, from its cache first]",
 )
 @click.option("--layout", default="auto", show_default=True, metavar="NAME", help="Layout of the checkpoint's keys.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
+@click.option(
+    "--prefix",
+    metavar="TEXT",
+    help="Use only the keys that start so, where a file holds several networks: visual. or a dict, model_ema/.",
+)
+@click.option(
+    "--image-size",
+    type=int,
+    metavar="N",
+    help="Height and width in pixels; positions are resampled as the publisher does.  [default: as published]",
+)
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ai.onnx opset; ATC reads up to 18.")
 @click.option(
     "--output",
@@ -60,6 +73,8 @@ def command(
     batch: tuple[int, ...],
     weights: str | None,
     layout: str,
+    prefix: str | None,
+    image_size: int | None,
     precision: str,
     opset: int,
     output: Path | None,
@@ -95,6 +110,8 @@ def command(
         formats=formats,
         batch=batch,
         layout=layout,
+        prefix=prefix,
+        image_size=image_size,
         precision=precision,
         opset=opset,
         output=output,
@@ -123,20 +140,21 @@ def _print_list(as_json: bool) -> None:
         rows = [
             {
                 "encoder": e.name,
-                "aliases": [e.hub_id, *e.aliases],
-                "parameters": e.parameters,
+                "aliases": e.aliases,
+                "parameters": e.published.parameters,
                 "inputs": to_json(e.inputs),
                 "outputs": to_json(e.outputs),
-                "layouts": [known.name for known in e.layouts],
+                "layouts": {n: [known.about for known in e.layouts if known.name == n] for n in e.layout_names()},
             }
             for e in ENCODERS
         ]
-        return print_json({"encoders": rows, "formats": FORMATS, "precisions": PRECISIONS})
+        return print_json({"encoders": rows, "formats": FORMATS, "precisions": list(PRECISIONS)})
     for encoder in ENCODERS:
         print_line(f"{encoder.name}")
-        print_line(f"  also known as  {', '.join((encoder.hub_id, *encoder.aliases))}")
-        print_line(f"  parameters     {encoder.parameters:,}")
-        print_line(f"  layouts        {', '.join(('auto', *(known.name for known in encoder.layouts)))}")
+        print_line(f"  also known as  {', '.join(encoder.aliases)}")
+        print_line(f"  parameters     {encoder.published.parameters:,}")
+        for layout in encoder.layouts:
+            print_line(f"  layout         {layout.name:<9} {layout.about}")
         for spec in (*encoder.inputs, *encoder.outputs):
             print_line(f"  {spec.name:<13}  {spec.dtype} [{', '.join(map(str, spec.shape))}]")
     print_line(f"formats     {', '.join(FORMATS)}")
@@ -145,17 +163,30 @@ def _print_list(as_json: bool) -> None:
 
 def describe_plan(plan: ExportPlan) -> Mapping[str, Any]:
     """The plan as data."""
-    request, keymap = plan.request, plan.weights.keymap
+    request, weights = plan.request, plan.weights
+    keymap = weights.keymap
     return {
         "encoder": request.encoder.name,
-        "weights": plan.weights.checkpoint.source,
-        "layout": plan.weights.layout.name,
+        "weights": weights.checkpoint.source,
+        "layout": weights.layout.name,
+        "prefix": weights.prefix,
+        "why": weights.why,
         "precision": request.precision,
+        "stored_dtypes": sorted({weights.checkpoint.dtypes[key] for key in keymap.sources()}),
         "formats": request.formats,
         "batches": request.batches,
         "opset": request.opset if "onnx" in request.formats else None,
+        "inputs": to_json(request.encoder.inputs),
+        "outputs": to_json(request.encoder.outputs),
         "output": str(request.output),
-        "coverage": {**to_json(plan.weights.coverage()), "reasons_dropped": dict(keymap.dropped)},
+        "coverage": {
+            **to_json(weights.coverage()),
+            "missing": len(keymap.missing),
+            "unexpected": len(keymap.unexpected),
+            "mismatched": len(keymap.mismatched),
+            "operations": keymap.transformed(),
+            "reasons_dropped": dict(keymap.dropped),
+        },
         "preprocessing": to_json(plan.preprocessing),
         "nbytes": dict(plan.sizes()),
     }
@@ -166,14 +197,19 @@ def _print_plan(plan: ExportPlan, as_json: bool) -> None:
     if as_json:
         return print_json(described)
     encoder, coverage = plan.request.encoder, plan.weights.coverage()
-    print_line(f"{encoder.name} from {described['weights']}, layout {described['layout']}, fp32")
+    print_line(f"{encoder.name} from {described['weights']}, to {described['precision']}")
+    print_line(f"  layout    {described['layout']}: {described['why']}")
+    print_line(f"  stored    {', '.join(described['stored_dtypes'])}, {coverage.parameters:,} parameters")
     print_line(
-        f"  keys      {coverage.renamed} renamed, {coverage.transformed} transformed, {coverage.dropped} dropped, "
+        f"  keys      {coverage.matched} matched, {coverage.transformed} transformed, {coverage.dropped} dropped, "
         "0 missing, 0 unexpected, 0 mismatched"
     )
-    for key, reason in plan.weights.keymap.dropped.items():
-        print_line(f"            dropped {key}: {reason}")
-    print_line(f"  programs  {', '.join(plan.request.formats)}, batch {', '.join(map(str, plan.request.batches))}")
+    for line in describe_coverage(plan.weights.keymap):
+        print_line(f"            {line}")
+    opset = f", opset {described['opset']}" if described["opset"] else ""
+    print_line(
+        f"  programs  {', '.join(plan.request.formats)}{opset}, batch {', '.join(map(str, plan.request.batches))}"
+    )
     for spec in (*encoder.inputs, *encoder.outputs):
         print_line(f"            {spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]")
     for name, nbytes in plan.sizes().items():

@@ -9,6 +9,7 @@ from npu_export.encoders import find_encoder
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.errors import CheckpointError
 from npu_export.network import load_network, plan_weights, state_sha256
+from npu_export.precision import in_precision
 from npu_export.weights import find_weights
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import Array, Options, missing_package
@@ -24,7 +25,7 @@ class EagerBackend:
     format = None
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> EagerSession:
-        """The unmodified fp32 network on the CPU, with the very weights that were exported.
+        """The unmodified network on the CPU, in the artifact's precision, with the very weights that were exported.
 
         Raises CheckpointError when the checkpoint moved or its tensors are others than those exported.
         """
@@ -35,10 +36,16 @@ class EagerBackend:
         except ImportError as error:
             raise missing_package("torch", "export", "eager") from error
         recorded = artifact.manifest.provenance.weights
-        encoder = find_encoder(artifact.manifest.encoder)
+        manifest = artifact.manifest
+        encoder = find_encoder(manifest.encoder)
+        image_size = manifest.preprocessing.size[0]
+        if image_size != encoder.image_size:
+            encoder = encoder.at_size(image_size)
         source = options.weights or recorded.source
         try:
-            network = load_network(plan_weights(encoder, find_weights(encoder, source), recorded.layout))
+            checkpoint = find_weights(encoder, source, recorded.layout)
+            plan = plan_weights(encoder, checkpoint, recorded.layout, prefix=recorded.prefix or None, resample=True)
+            network = load_network(plan)
         except CheckpointError as error:
             if options.weights is not None:
                 raise
@@ -58,14 +65,14 @@ class EagerBackend:
                 got=digest,
                 hint="pass the original checkpoint with --weights, or export again",
             )
-        return EagerSession(encoder, network)
+        return EagerSession(encoder, in_precision(encoder.with_outputs(network), manifest.precision))
 
 
 class EagerSession:
     """The eager network; any batch size runs."""
 
-    def __init__(self, encoder: EncoderSpec, network: nn.Module) -> None:
-        self._module: nn.Module | None = encoder.with_outputs(network)
+    def __init__(self, encoder: EncoderSpec, module: nn.Module) -> None:
+        self._module: nn.Module | None = module
         self._names = [output.name for output in encoder.outputs]
 
     def run(self, pixel_values: Array, outputs: Sequence[str]) -> list[Array]:

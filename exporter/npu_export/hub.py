@@ -1,81 +1,140 @@
-"""Find a published checkpoint in the Hugging Face cache or on the hub, through huggingface_hub."""
+"""Find a published checkpoint in the cache of a hub or on the hub itself, through the hub's own package."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from npu_export.checkpoint import CONFIG_FILE, PREPROCESSOR_FILE, WEIGHT_FILES, Checkpoint, open_checkpoint
+from npu_export.checkpoint import (
+    CONFIG_FILE,
+    INDEX_SUFFIX,
+    PREPROCESSOR_FILE,
+    WEIGHT_FILES,
+    Checkpoint,
+    open_checkpoint,
+    shard_names,
+)
 from npu_export.errors import CheckpointError
 from npu_runtime.errors import UnavailableError
 
 
-def fetch_checkpoint(repository: str, revision: str | None = None) -> Checkpoint:
+class NoAnswerError(Exception):
+    """The hub did not say whether it has a file; asking for another would only wait as long again."""
+
+
+def no_answer(reason: BaseException) -> NoAnswerError:
+    """What a client raised, in one line."""
+    return NoAnswerError(f"{type(reason).__name__}: {(str(reason).strip() or repr(reason)).splitlines()[0]}")
+
+
+Get = Callable[[str, str, str | None, bool], Path | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A hub and how a file of it is had."""
+
+    scheme: str
+    package: str
+    get: Get
+    """(repository, name, revision, offline) -> the file in the cache, fetched first unless offline; None where
+    there is none. Raises NoAnswerError, with the reason, where nobody could say."""
+    place: Callable[[bool], str]
+    """Where it looks, offline or not, for messages."""
+    revision_of: Callable[[Path, str | None], str | None]
+    """The revision that a repository's folder in the cache holds, given the one that was asked for; None where
+    the folder does not say."""
+
+
+def fetch_checkpoint(
+    hub: Hub, repository: str, revision: str | None = None, names: tuple[str, ...] = (), file: str = ""
+) -> Checkpoint:
     """The weights of a hub repository, from the cache where they lie there, else from the hub.
 
-    HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and the cache variables work as huggingface_hub defines them.
-    Raises CheckpointError that says what was tried and how to pass a file.
+    The first of the usual names, their indexes and `names` is taken; an index with all of its shards; or
+    `file` alone. The hub's own environment variables (HF_ENDPOINT, HF_HUB_OFFLINE, MODELSCOPE_CACHE, …)
+    work as its package defines them. Raises CheckpointError that says what was tried and how to pass a
+    file, UnavailableError without the package.
     """
     try:
-        import huggingface_hub  # noqa: F401
-    except ImportError as error:
+        importlib.import_module(hub.package)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch
         raise UnavailableError(
-            "looking for weights on the hub needs the package huggingface_hub",
-            hint="pip install 'npu-export[export]', or pass a file with --weights",
+            f"looking for weights on the hub needs the package {hub.package}",
+            got=error,
+            hint=f"pip install {hub.package}, or pass a file with --weights",
         ) from error
+    usual = (*WEIGHT_FILES, *(name + INDEX_SUFFIX for name in WEIGHT_FILES))
+    wanted = (file,) if file else (*usual, *names)
+    folder = file[: file.rfind("/") + 1]
     tried: list[str] = []
     for offline in (True, False):
-        with contextlib.suppress(_NoAnswerError):
-            file = _first(repository, WEIGHT_FILES, revision, offline, tried)
-            if file is not None:
-                for name in (CONFIG_FILE, PREPROCESSOR_FILE):
-                    _first(repository, (name,), revision, offline, tried)
-                # The cache keeps a snapshot under the commit that the revision named: that is what was read.
-                return open_checkpoint(file, f"hf:{repository}@{file.parent.name}")
+
+        def get(name: str, offline: bool = offline) -> Path | None:
+            try:
+                return hub.get(repository, name, revision, offline)
+            except NoAnswerError as error:
+                tried.append(f"{hub.place(offline)}: {name}: {error}")
+                raise
+
+        def weights(name: str, offline: bool = offline) -> Path | None:
+            path = get(name, offline)
+            if path is None:
+                tried.append(f"{hub.place(offline)}: {name}: not there")
+            return path
+
+        with contextlib.suppress(NoAnswerError):
+            # The settings first: where they cannot be had, no weights are left in the cache that seem to have none.
+            for name in (CONFIG_FILE, PREPROCESSOR_FILE):
+                get(folder + name)
+            found = next((path for name in wanted if (path := weights(name)) is not None), None)
+            if found is None:
+                continue
+            shards = shard_names(found) if found.name.endswith(INDEX_SUFFIX) else []
+            if any(weights(folder + name) is None for name in shards):
+                continue
+            known = hub.revision_of(found.parents[folder.count("/")], revision)
+            source = f"{hub.scheme}:{repository}{f'/{file}' if file else ''}{f'@{known}' if known else ''}"
+            return open_checkpoint(found, source, wanted)
     raise CheckpointError(
         f"no weights of {repository} could be had",
-        where=f"revision {revision or 'main'}",
-        expected=" or ".join(WEIGHT_FILES),
+        where=f"revision {revision or 'the default'}",
+        expected=" or ".join(wanted),
         got="\n".join(tried),
         hint="download the file where there is a connection and pass it with --weights FILE or DIR",
     )
 
 
-class _NoAnswerError(Exception):
-    """The hub did not say whether it has a file; asking for another would only wait as long again."""
-
-
-def _first(repository: str, names: Sequence[str], revision: str | None, offline: bool, tried: list[str]) -> Path | None:
-    for name in names:
-        file = _get(repository, name, revision, offline, tried)
-        if file is not None:
-            return file
-    return None
-
-
-def _get(repository: str, name: str, revision: str | None, offline: bool, tried: list[str]) -> Path | None:
-    """The file in the cache, fetched first unless `offline`; None where there is none.
-
-    The reason is added to `tried`. Raises _NoAnswerError where nobody could say.
-    """
-    from huggingface_hub import constants, hf_hub_download
+def _hugging_face(repository: str, name: str, revision: str | None, offline: bool) -> Path | None:
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    place = f"cache {constants.HF_HUB_CACHE}" if offline else f"hub {constants.ENDPOINT}"
     try:
         return Path(hf_hub_download(repository, name, revision=revision, local_files_only=offline))
     except EntryNotFoundError as error:
         if offline or not isinstance(error, LocalEntryNotFoundError):
-            tried.append(f"{place}: {name}: not there")
             return None
         # Why the hub was not reached: huggingface_hub chains it behind 'not found locally'.
         reason: BaseException = error.__cause__ or error
     except Exception as error:  # beside its own, those of the HTTP library: requests, httpx or httpx2 by release
         reason = error
-    tried.append(f"{place}: {name}: {type(reason).__name__}: {_first_line(reason)}")
-    raise _NoAnswerError from reason
+    raise no_answer(reason) from reason
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+def _hugging_face_place(offline: bool) -> str:
+    from huggingface_hub import constants
+
+    return f"cache {constants.HF_HUB_CACHE}" if offline else f"hub {constants.ENDPOINT}"
+
+
+HUGGING_FACE = Hub(
+    scheme="hf",
+    package="huggingface_hub",
+    get=_hugging_face,
+    place=_hugging_face_place,
+    # The cache keeps a snapshot under the commit that the revision named: that is what was read.
+    revision_of=lambda folder, _: folder.name,
+)

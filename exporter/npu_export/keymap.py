@@ -1,73 +1,37 @@
 """Declarative remapping of a checkpoint's keys to a network's, with total coverage.
 
-A rule names whole keys by templates in which `{i}` stands for one integer. Templates read both ways and
-their order never matters: two rules for one key, or two keys for one target, are errors. `plan_keymap`
-is pure and decides everything from names and shapes; `read_mapped` then moves tensors.
+A rule names whole keys by templates in which `{i}` stands for one integer, and an operation on their
+tensors. Templates read both ways and their order never matters: two rules for one key, or two keys for
+one target, are errors. `plan_keymap` is pure and decides everything from names and shapes; `read_mapped`
+then moves tensors.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from npu_export.key_folding import fold_keys
+from npu_export.operations import COPY, Concatenate, Operation, Shape
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True, slots=True)
-class Rename:
-    """One key becomes another; the tensor stays as it is."""
-
-    source: str
-    target: str
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    def target_shape(self, shapes: Sequence[Shape]) -> Shape | None:
-        """Shape of the result; None where the shapes do not fit together."""
-        return shapes[0]
-
-    def source_shapes(self, target: Shape) -> tuple[Shape, ...]:
-        """Shapes that the sources must have for a target of this shape."""
-        return (target,)
-
-    def apply(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return tensors[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Concatenate:
-    """Several keys become one, joined along `dim` in this order, in equal parts."""
+class Rule:
+    """Keys of the checkpoint, keys of the network, and what is done to the tensors between them."""
 
     sources: tuple[str, ...]
-    target: str
-    dim: int = 0
-
-    def target_shape(self, shapes: Sequence[Shape]) -> Shape | None:
-        """Shape of the result; None where the parts are not equal."""
-        first = shapes[0]
-        if any(shape != first for shape in shapes) or self.dim >= len(first):
-            return None
-        return (*first[: self.dim], first[self.dim] * len(shapes), *first[self.dim + 1 :])
-
-    def source_shapes(self, target: Shape) -> tuple[Shape, ...]:
-        """Shapes that the sources must have for a target of this shape."""
-        part = (*target[: self.dim], target[self.dim] // len(self.sources), *target[self.dim + 1 :])
-        return (part,) * len(self.sources)
-
-    def apply(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        import torch
-
-        return torch.cat(tuple(tensors), dim=self.dim)
+    targets: tuple[str, ...]
+    operation: Operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +41,39 @@ class Drop:
     source: str
     because: str
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
+
+def rename(source: str, target: str) -> Rule:
+    """One key becomes another; the tensor stays as it is."""
+    return Rule((source,), (target,), COPY)
 
 
-MoveRule = Rename | Concatenate
-Rule = MoveRule | Drop
+def concatenate(sources: Sequence[str], target: str, dim: int = 0) -> Rule:
+    """Several keys become one, joined along `dim` in this order, in equal parts."""
+    return Rule(tuple(sources), (target,), Concatenate(len(sources), dim))
+
+
+def invert(rules: Iterable[Rule | Drop]) -> tuple[Rule, ...]:
+    """The rules from the network back to the checkpoint, dropped keys left out.
+
+    Raises ValueError where an operation loses information.
+    """
+    inverted = []
+    for rule in rules:
+        if isinstance(rule, Rule):
+            inverse = rule.operation.inverse()
+            if inverse is None:
+                raise ValueError(f"{', '.join(rule.targets)}: {rule.operation} loses information")
+            inverted.append(Rule(rule.targets, rule.sources, inverse))
+    return tuple(inverted)
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One target tensor and the keys it is made of."""
+    """A rule for one set of keys: `{i}` has its value."""
 
-    rule: MoveRule
+    rule: Rule
     sources: tuple[str, ...]
-    target: str
+    targets: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +81,7 @@ class Mismatch:
     """A target whose shape the checkpoint does not give."""
 
     target: str
+    """Where a rule only checks a key, that key."""
     expected: Shape
     got: tuple[Shape, ...]
     """Shapes of the source tensors."""
@@ -123,6 +105,14 @@ class KeymapPlan:
         """Every key used once or dropped by a rule, every target filled, every shape as expected."""
         return not (self.missing or self.unexpected or self.mismatched)
 
+    def sources(self) -> list[str]:
+        """Keys of the checkpoint that are used."""
+        return [key for move in self.moves for key in move.sources]
+
+    def transformed(self) -> dict[str, str]:
+        """Target -> the operation that makes it, for all that are not plain copies."""
+        return {t: str(m.rule.operation) for m in self.moves if m.rule.operation != COPY for t in m.targets}
+
     def faults(self) -> Iterator[str]:
         """A line for each fault, folded by layer."""
         for key in fold_keys({key: f"{list(shape)}" for key, shape in self.missing.items()}):
@@ -137,104 +127,98 @@ class KeymapPlan:
             yield f"mismatched  {key}"
 
 
-def plan_keymap(rules: Sequence[Rule], source: Shapes, target: Shapes) -> KeymapPlan:
+def plan_keymap(rules: Sequence[Rule | Drop], source: Shapes, target: Shapes) -> KeymapPlan:
     """What the rules do with a checkpoint's tensors for a network's tensors, both given as shapes.
 
     Raises ValueError when the rules themselves are wrong: two for one key, or two keys for one target.
     """
-    dropped: dict[str, str] = {}
-    unexpected: dict[str, Shape] = {}
-    for key, shape in source.items():
-        match _rule_of(rules, key):
-            case None:
-                unexpected[key] = shape
-            case Drop(because=because):
-                dropped[key] = because
-    moves: list[Move] = []
-    missing: dict[str, Shape] = {}
-    mismatched: list[Mismatch] = []
-    used: set[str] = set()
-    for name, shape in target.items():
-        move = _move_to(rules, name)
-        if move is None:
-            missing[name] = shape
-            continue
-        used.update(move.sources)
+    rule_of = {key: _rule_of(rules, key) for key in source}
+    dropped = {key: rule.because for key, rule in rule_of.items() if isinstance(rule, Drop)}
+    possible = _moves_to(rules, target)
+    moves, missing, mismatched = list[Move](), dict[str, Shape](), list[Mismatch]()
+    for move in possible:
+        expected = tuple(target[name] for name in move.targets)
         absent = [key for key in move.sources if key not in source]
         if absent:
-            expected = dict(zip(move.sources, move.rule.source_shapes(shape)))
-            missing.update({key: expected[key] for key in absent})
+            shapes = move.rule.operation.source_shapes(expected)
+            missing.update({key: shape for key, shape in zip(move.sources, shapes) if key in absent})
             continue
-        got = tuple(source[key] for key in move.sources)
-        if move.rule.target_shape(got) != shape:
-            mismatched.append(Mismatch(name, shape, got))
-        else:
-            moves.append(move)
-    leftover = {key: source[key] for key in source if key not in used and key not in dropped and key not in unexpected}
-    return KeymapPlan(tuple(moves), dropped, missing, unexpected | leftover, tuple(mismatched))
+        moves.append(move)
+        given = tuple(source[key] for key in move.sources)
+        got = move.rule.operation.target_shapes(given)
+        for index, name in enumerate(move.targets):
+            if got is None or got[index] != expected[index]:
+                mismatched.append(Mismatch(name, expected[index], given))
+        if not move.targets and got is None:
+            (shape,) = move.rule.operation.source_shapes(expected)
+            mismatched.append(Mismatch(move.sources[0], shape, given))
+    filled = {name for move in possible for name in move.targets}
+    missing.update({name: shape for name, shape in target.items() if name not in filled})
+    # A key whose partner is missing is known: only what no rule names, or leads nowhere, is unexpected.
+    known = {key for move in possible for key in move.sources}
+    unexpected = {key: shape for key, shape in source.items() if key not in known and key not in dropped}
+    return KeymapPlan(tuple(moves), dropped, missing, unexpected, tuple(mismatched))
 
 
-def source_shapes(rules: Sequence[Rule], target: Shapes) -> dict[str, Shape]:
+def source_shapes(rules: Sequence[Rule | Drop], target: Shapes) -> dict[str, Shape]:
     """Keys and shapes of the checkpoint from which the rules fill this network, dropped keys left out."""
     shapes: dict[str, Shape] = {}
-    for name, shape in target.items():
-        move = _move_to(rules, name)
-        if move is not None:
-            shapes.update(zip(move.sources, move.rule.source_shapes(shape)))
+    for move in _moves_to(rules, target):
+        expected = tuple(target[name] for name in move.targets)
+        shapes.update(zip(move.sources, move.rule.operation.source_shapes(expected)))
     return shapes
 
 
 def read_mapped(plan: KeymapPlan, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each target's name and tensor, read and joined one at a time. The plan must be complete."""
+    """Each target's name and tensor, made one rule at a time. The plan must be complete."""
     if not plan.complete:
         raise ValueError("the plan is not complete")
     for move in plan.moves:
-        yield move.target, move.rule.apply([read(key) for key in move.sources])
+        yield from zip(move.targets, move.rule.operation.apply([read(key) for key in move.sources]))
 
 
-def fold_keys(details: Mapping[str, str]) -> list[str]:
-    """Keys with equal details, folded over one integer: `blocks.{0-2,5}.norm1.weight [64] (4)`."""
-    layers: dict[tuple[str, str | None, str], list[int]] = defaultdict(list)
-    for key, detail in details.items():
-        number = re.search(r"(?<![^./_])(0|[1-9][0-9]*)(?![^./_])", key)
-        if number is None:
-            layers[key, None, detail] = []
-        else:
-            layers[key[: number.start()], key[number.end() :], detail].append(int(number.group()))
-    lines = []
-    for (before, after, detail), numbers in layers.items():
-        if len(numbers) > 1:
-            lines.append(f"{before}{{{_ranges(sorted(numbers))}}}{after} {detail} ({len(numbers)})")
-        else:
-            lines.append(f"{before}{''.join(map(str, numbers))}{after or ''} {detail}")
-    return lines
+def match_template(template: str, key: str) -> bool:
+    """Whether the template names this whole key."""
+    return _pattern(template).fullmatch(key) is not None
 
 
-def _ranges(integers: Sequence[int]) -> str:
-    parts: list[list[int]] = []
-    for n in integers:
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
-
-
-def _rule_of(rules: Iterable[Rule], key: str) -> Rule | None:
-    found = [rule for rule in rules if any(_pattern(s).fullmatch(key) for s in rule.sources)]
+def _rule_of(rules: Iterable[Rule | Drop], key: str) -> Rule | Drop | None:
+    found = [
+        rule
+        for rule in rules
+        if any(_pattern(s).fullmatch(key) for s in ((rule.source,) if isinstance(rule, Drop) else rule.sources))
+    ]
     if len(found) > 1:
         raise ValueError(f"two rules name the key {key}: {found[0]} and {found[1]}")
     return found[0] if found else None
 
 
-def _move_to(rules: Iterable[Rule], target: str) -> Move | None:
-    found = []
+def _moves_to(rules: Sequence[Rule | Drop], targets: Shapes) -> list[Move]:
+    """The moves that fill these targets, each once; targets that no rule fills are left out.
+
+    A rule without targets, such as the inverse of one that makes zeros, is always a move: it checks one whole key.
+    """
+    moves: dict[tuple[str, ...], Move] = {}
+    rule_of: dict[str, Rule] = {}
     for rule in rules:
-        if not isinstance(rule, Drop) and (match := _pattern(rule.target).fullmatch(target)):
-            found.append(Move(rule, tuple(s.format(**match.groupdict()) for s in rule.sources), target))
-    if len(found) > 1:
-        raise ValueError(f"two rules fill the target {target}: {found[0].rule} and {found[1].rule}")
-    return found[0] if found else None
+        for template in rule.targets if isinstance(rule, Rule) else ():
+            pattern = _pattern(template)
+            for name in targets:
+                if match := pattern.fullmatch(name):
+                    assert isinstance(rule, Rule)
+                    if name in rule_of:
+                        raise ValueError(f"two rules fill the target {name}: {rule_of[name]} and {rule}")
+                    rule_of[name] = rule
+                    numbers = match.groupdict()
+                    sources, all_targets = (
+                        tuple(t.format(**numbers) for t in templates) for templates in (rule.sources, rule.targets)
+                    )
+                    moves[all_targets] = Move(rule, sources, all_targets)
+    lacking = [name for move in moves.values() for name in move.targets if name not in targets]
+    if lacking:
+        raise ValueError(f"rules fill targets that the network lacks: {', '.join(lacking)}")
+    checks = [Move(rule, rule.sources, ()) for rule in rules if isinstance(rule, Rule) and not rule.targets]
+    return [*moves.values(), *checks]
 
 
 @functools.cache

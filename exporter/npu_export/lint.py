@@ -9,14 +9,19 @@ import onnx_ir as ir
 import torch
 
 from npu_export.errors import LintError
+from npu_export.precision import torch_dtype
 from npu_export.torchscript import nodes_of
+from npu_runtime.artifact.schema import Precision
 
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+"""ONNX operators in which a network computes almost all that it does: their types are its precision."""
+ATEN_PRODUCTS = ("aten::linear", "aten::matmul", "aten::addmm", "aten::_convolution", "aten::conv2d")
 FLOAT64 = 7
 """Number of float64 among torch's scalar types (c10/core/ScalarType.h), as programs hold it."""
 
 
-def lint_torchscript(program: torch.jit.ScriptModule, entry_points: Sequence[str]) -> None:
-    """Raise LintError, all findings listed, unless the program is device-clean and free of float64.
+def lint_torchscript(program: torch.jit.ScriptModule, entry_points: Sequence[str], precision: Precision) -> None:
+    """Raise LintError, all findings listed, unless the program is device-clean, of its precision and without float64.
 
     A device literal stays what it was when the program was traced: `map_location` moves tensors, not
     literals, so a program that holds `cpu` mixes devices elsewhere. Ascend has no float64.
@@ -24,17 +29,24 @@ def lint_torchscript(program: torch.jit.ScriptModule, entry_points: Sequence[str
     findings = [
         f"{name}: {finding}"
         for name in ("forward", *entry_points)
-        for finding in _graph_findings(getattr(program, name).graph)
+        for finding in (*_graph_findings(getattr(program, name).graph), *_other_precision(program, name, precision))
     ]
     _refuse("TorchScript program", findings)
 
 
-def lint_onnx(model: ir.Model, where: str) -> None:
-    """Raise LintError unless the graph has fixed shapes, one opset and no float64."""
+def lint_onnx(model: ir.Model, where: str, precision: Precision) -> None:
+    """Raise LintError unless the graph has fixed shapes, one opset, its precision and no float64."""
+    wanted = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[precision]
     findings = [f"opset of another domain: {domain}" for domain in model.opset_imports if domain]
     for node in model.graph.all_nodes():
         for value in node.outputs:
             findings += _value_findings(f"{node.op_type} {value.name}", value)
+        if node.op_type in PRODUCTS:
+            findings += [
+                f"{node.op_type} {node.outputs[0].name} computes in {value.dtype}, not {precision}"
+                for value in (*node.inputs, *node.outputs)
+                if value is not None and value.dtype != wanted
+            ]
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         findings += _value_findings(f"tensor {value.name}", value)
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -43,12 +55,27 @@ def lint_onnx(model: ir.Model, where: str) -> None:
     _refuse(f"ONNX graph {where}", findings)
 
 
+def _other_precision(program: torch.jit.ScriptModule, name: str, precision: Precision) -> Iterator[str]:
+    """Products whose weights, constants of the program, have another type than the one asked for."""
+    wanted = torch_dtype(precision)
+    products = 0
+    for node in nodes_of(getattr(program, name).graph):
+        if node.kind() in ATEN_PRODUCTS:
+            for value in node.inputs():
+                dtype = _tensor_dtype(value) if value.node().kind() == "prim::Constant" else None
+                products += dtype is not None
+                if dtype not in (None, wanted):
+                    yield f"{node.kind()} {node.output().debugName()} has a weight of {dtype}, not {precision}"
+    if not products:
+        yield "no product with a weight, whose type could be read"
+
+
 def _refuse(what: str, findings: Sequence[str]) -> None:
     if findings:
         unique = list(dict.fromkeys(findings))
         raise LintError(
             f"the {what} would not run on Ascend as it stands",
-            expected="no device literal, no float64, fixed shapes, one opset",
+            expected="no device literal, no float64, fixed shapes, one opset, products in the precision asked for",
             got="\n".join(unique[:20]) + (f"\n… and {len(unique) - 20} more" if len(unique) > 20 else ""),
             hint="the network's forward makes these; build it without them (buffers in place of torch.arange, say)",
         )

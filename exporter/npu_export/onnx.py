@@ -89,6 +89,7 @@ def export_graph(
             hint="pass --opset 18, which torch's exporter writes for every encoder",
         )
     _order_gelu(model)
+    _widen_softmax(model)
     _strip_metadata(model)
     return model
 
@@ -139,6 +140,29 @@ def _order_gelu(model: ir.Model) -> None:
                         for index, value in enumerate(inputs):
                             node.replace_input_with(index, value)
                     break
+
+
+def _widen_softmax(model: ir.Model) -> None:
+    """Have every softmax of a half-precision graph compute in float32, as torch's attention does inside.
+
+    torch's exporter spells attention as products and a softmax in the type of its inputs, where
+    `scaled_dot_product_attention` keeps the scores in float32 (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+    """
+    for node in list(model.graph.all_nodes()):
+        scores = node.inputs[0] if node.op_type == "Softmax" else None
+        if scores is None or scores.dtype in (None, ir.DataType.FLOAT):
+            continue
+        result, narrow = node.outputs[0], scores.dtype
+        widened = ir.node("Cast", [scores], attributes={"to": ir.DataType.FLOAT})
+        narrowed = ir.node("Cast", [result], attributes={"to": narrow})
+        for cast, dtype in ((widened, ir.DataType.FLOAT), (narrowed, narrow)):
+            cast.outputs[0].dtype, cast.outputs[0].shape = dtype, scores.shape
+        ir.convenience.replace_all_uses_with(result, narrowed.outputs[0])
+        narrowed.replace_input_with(0, result)
+        node.replace_input_with(0, widened.outputs[0])
+        result.dtype = ir.DataType.FLOAT
+        model.graph.insert_before(node, widened)
+        model.graph.insert_after(node, narrowed)
 
 
 def _factors(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:

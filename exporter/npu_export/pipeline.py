@@ -14,6 +14,7 @@ from npu_export.encoders.spec import EncoderSpec
 from npu_export.errors import CheckpointError
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
+from npu_export.precision import in_precision
 from npu_export.provenance import describe_provenance
 from npu_export.steps import Silent, Steps
 from npu_runtime.artifact.codec import encode_manifest
@@ -47,6 +48,8 @@ def export(
     formats: Sequence[str] = FORMATS,
     batch: Sequence[int] = (1,),
     layout: str = "auto",
+    prefix: str | None = None,
+    image_size: int | None = None,
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
     output: str | Path | None = None,
@@ -55,8 +58,10 @@ def export(
 ) -> Path:
     """Export an encoder and return the artifact's folder; nothing is left of an export that failed.
 
-    `model` is a name, hub id or alias; `weights` a path, `hf:ID[@REVISION]` or `random:SEED`, the hub's
-    own without it. `output` is the artifact folder itself, `./NAME-PRECISION` without it. Raises
+    `model` is a name, hub id or alias; `weights` a path, `hf:ID[@REVISION]`, `ms:ID[@REVISION]` or
+    `random:SEED`, the hub's own without it. `layout` and `prefix` insist on how the checkpoint's keys are
+    spelled; `image_size`, in pixels, may have its positions resampled. `precision` is that of weights and
+    compute: fp32, fp16 or bf16. `output` is the artifact folder itself, `./NAME-PRECISION` without it. Raises
     UsageError for arguments that do not fit, CheckpointError for weights that cannot be used whole,
     LintError for a program that would not run on Ascend, ParityError when a frozen program differs from
     the reference by more than its tolerance, ArtifactError or Error when files cannot be written.
@@ -66,6 +71,8 @@ def export(
         formats=formats,
         batch=batch,
         layout=layout,
+        prefix=prefix,
+        image_size=image_size,
         precision=precision,
         opset=opset,
         output=output,
@@ -92,9 +99,10 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> None:
         network = load_network(plan.weights)
         provenance = describe_provenance(plan.weights, state_sha256(network))
         module = request.encoder.with_outputs(network)
-        steps.detail(f"{request.encoder.parameters:,} parameters")
+        steps.detail(f"{plan.weights.parameters:,} parameters")
     with steps.step("record the reference"):
         _write_reference(request.encoder, module, folder / REFERENCE_FILE)
+        module = in_precision(module, request.precision)
     programs: list[Program] = []
     if "torchscript" in request.formats:
         programs += _freeze_torchscript(plan, module, folder, steps)
@@ -185,10 +193,10 @@ def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps
     batches = plan.request.batches
     with steps.step(f"freeze torchscript, batch {', '.join(map(str, batches))}"):
         program = trace_frozen(module, plan.request.encoder.inputs[0], batches)
-        lint_torchscript(program, [entry_point(b) for b in batches])
+        lint_torchscript(program, [entry_point(b) for b in batches], plan.request.precision)
         write_torchscript(program, folder / TORCHSCRIPT_FILE, plan.sizes()[TORCHSCRIPT_FILE])
         empty_constants(program, [entry_point(b) for b in batches])
-        steps.detail("device-clean, no float64")
+        steps.detail(f"device-clean, {plan.request.precision}, no float64")
     return [
         Program("torchscript", TORCHSCRIPT_FILE, b, NOT_HASHED, needs=(), entry_point=entry_point(b), opset=None)
         for b in batches
@@ -208,9 +216,9 @@ def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps
                 model = onnx.export_graph(
                     module, request.encoder.inputs[0], request.encoder.outputs, batch, request.opset
                 )
-                lint_onnx(model, name)
+                lint_onnx(model, name, request.precision)
                 onnx.write_graph(model, weights, folder / name)
-                steps.detail(f"opset {request.opset}, fixed shapes, no float64")
+                steps.detail(f"opset {request.opset}, fixed shapes, {request.precision}, no float64")
             needs = (onnx.WEIGHTS_FILE,)
             programs.append(Program("onnx", name, batch, NOT_HASHED, needs, entry_point=None, opset=request.opset))
     for program in programs:
@@ -224,13 +232,13 @@ def _describe(
     encoder = plan.request.encoder
     return Manifest(
         encoder=encoder.name,
-        precision="fp32",
+        precision=plan.request.precision,
         inputs=encoder.inputs,
         outputs=encoder.outputs,
         programs=tuple(programs),
         files=files,
         reference=Reference(REFERENCE_FILE, REFERENCE_SEEDS),
         preprocessing=plan.preprocessing,
-        tolerances=encoder.tolerances,
+        tolerances=encoder.published.tolerances[plan.request.precision],
         provenance=provenance,
     )

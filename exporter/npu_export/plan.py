@@ -7,25 +7,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from npu_export.encoders import find_encoder
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import WeightsPlan, plan_weights
+from npu_export.precision import require_kernels
 from npu_export.preprocessor_config import resolve_preprocessing
 from npu_export.steps import Silent, Steps
 from npu_export.weights import find_weights
-from npu_runtime.artifact.schema import Preprocessing
+from npu_runtime.artifact.schema import Precision, Preprocessing
 from npu_runtime.artifact.staging import check_output
 from npu_runtime.errors import UnavailableError, UsageError
 
 FORMATS = ("torchscript", "onnx")
-PRECISIONS = ("fp32",)
+PRECISIONS: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+"""Precision -> bytes of a weight."""
 PACKAGES = {"torchscript": ("torch",), "onnx": ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")}
 """Format -> modules that freezing to it, and checking the result, imports."""
 DEFAULT_OPSET = 18
 LEAST_OPSET = 11
 """The oldest ai.onnx opset that ATC documents."""
 MAX_BATCH = 1024
+MAX_IMAGE_SIZE = 4096
 REFERENCE_SEEDS = (0, 1, 2, 3)
 """One reference image each. Four differ enough to show a program that mixes its rows."""
 
@@ -39,7 +43,11 @@ class Request:
     batches: tuple[int, ...]
     """In the order given: `forward` of a TorchScript program is the first."""
     layout: str
-    precision: str
+    prefix: str | None
+    """The part of the checkpoint to use; None finds it."""
+    resample: bool
+    """Whether positions for another image size may be resampled: only where a size was asked for."""
+    precision: Precision
     opset: int
     output: Path
     force: bool
@@ -56,10 +64,11 @@ class ExportPlan:
     def sizes(self) -> Mapping[str, int]:
         """Bytes that each file takes, about: weights and reference as they are, graphs left out."""
         encoder, nbytes = self.request.encoder, {}
+        weights_nbytes = PRECISIONS[self.request.precision] * self.weights.parameters
         if "torchscript" in self.request.formats:
-            nbytes["model.ts"] = 4 * encoder.parameters
+            nbytes["model.ts"] = weights_nbytes
         if "onnx" in self.request.formats:
-            nbytes["weights.onnx.data"] = 4 * encoder.parameters
+            nbytes["weights.onnx.data"] = weights_nbytes
         specs = (*encoder.inputs, *encoder.outputs)
         nbytes["reference.safetensors"] = sum(4 * math.prod(s.of_batch(len(REFERENCE_SEEDS))) for s in specs)
         return nbytes
@@ -71,17 +80,20 @@ def make_request(
     formats: Sequence[str] = FORMATS,
     batch: Sequence[int] = (1,),
     layout: str = "auto",
+    prefix: str | None = None,
+    image_size: int | None = None,
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
     output: str | Path | None = None,
     force: bool = False,
 ) -> Request:
     """The request, or UsageError for what does not exist or does not fit together."""
-    encoder = find_encoder(model) if isinstance(model, str) else model
+    published = find_encoder(model) if isinstance(model, str) else model
+    encoder = published if image_size is None else _at_size(published, image_size)
     for what, values, choices in (
         ("format", formats, FORMATS),
-        ("precision", (precision,), PRECISIONS),
-        ("layout", (layout,), ("auto", *(known.name for known in encoder.layouts))),
+        ("precision", (precision,), tuple(PRECISIONS)),
+        ("layout", (layout,), ("auto", *encoder.layout_names())),
     ):
         unknown = [value for value in values if value not in choices]
         if unknown or not values:
@@ -97,9 +109,32 @@ def make_request(
             expected=f"different whole numbers from 1 to {MAX_BATCH}, such as 1,4,8",
             got=",".join(map(str, batch)) or "none",
         )
-    folder = Path(output) if output is not None else Path(f"{encoder.name}-{precision}")
-    ordered = tuple(format for format in FORMATS if format in formats)
-    return Request(encoder, ordered, tuple(batch), layout, precision, opset, folder, force)
+    size = "" if encoder.image_size == published.image_size else f"-{encoder.image_size}"
+    return Request(
+        encoder,
+        tuple(format for format in FORMATS if format in formats),
+        tuple(batch),
+        layout,
+        prefix,
+        image_size is not None,
+        cast(Precision, precision),
+        opset,
+        Path(output) if output is not None else Path(f"{encoder.name}{size}-{precision}"),
+        force,
+    )
+
+
+def _at_size(encoder: EncoderSpec, image_size: int) -> EncoderSpec:
+    stride = encoder.stride
+    if not stride <= image_size <= MAX_IMAGE_SIZE or image_size % stride:
+        near = min(max(round(image_size / stride), 1) * stride, MAX_IMAGE_SIZE // stride * stride)
+        raise UsageError(
+            f"{encoder.name} takes no images of this size",
+            expected=f"a multiple of {stride} pixels up to {MAX_IMAGE_SIZE}",
+            got=image_size,
+            hint=f"the nearest is {near}",
+        )
+    return encoder.at_size(image_size)
 
 
 def plan_export(request: Request, weights: str | None, steps: Steps | None = None) -> ExportPlan:
@@ -114,10 +149,13 @@ def plan_export(request: Request, weights: str | None, steps: Steps | None = Non
         _check_packages(request.formats)
         if "onnx" in request.formats:
             _check_opset(request.opset)
-        checkpoint = find_weights(request.encoder, weights)
-        plan = plan_weights(request.encoder, checkpoint, request.layout)
-        watch.detail(f"{checkpoint.source}, layout {plan.layout.name}")
-        return ExportPlan(request, plan, resolve_preprocessing(checkpoint, request.encoder.preprocessing))
+            require_kernels(request.precision)
+        checkpoint = find_weights(request.encoder, weights, request.layout)
+        plan = plan_weights(
+            request.encoder, checkpoint, request.layout, prefix=request.prefix, resample=request.resample
+        )
+        watch.detail(f"{checkpoint.source}: {plan.why}")
+        return ExportPlan(request, plan, resolve_preprocessing(plan))
 
 
 def _check_packages(formats: Sequence[str]) -> None:

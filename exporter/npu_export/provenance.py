@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from npu_export.network import WeightsPlan
+from npu_export.weights import is_remote
 from npu_runtime import __version__
 from npu_runtime.artifact.schema import Provenance, SourceFile, Weights
 from npu_runtime.artifact.store import sha256_file
@@ -16,16 +17,18 @@ PACKAGES = ("torch", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "nu
 
 
 def describe_provenance(plan: WeightsPlan, state_sha256: str) -> Provenance:
-    """Provenance of an export; hashes the checkpoint's file."""
+    """Provenance of an export; hashes the checkpoint's files."""
     checkpoint = plan.checkpoint
-    files: tuple[SourceFile, ...] = ()
-    source = checkpoint.source
-    if checkpoint.file is not None:
-        file = checkpoint.file.resolve()
-        files = (SourceFile(str(file), file.stat().st_size, sha256_file(file)),)
-        source = checkpoint.source if checkpoint.source.startswith("hf:") else str(Path(checkpoint.source).resolve())
+    files = tuple(
+        SourceFile(str(file), file.stat().st_size, sha256_file(file))
+        for file in (path.resolve() for path in checkpoint.files)
+    )
+    by_path = checkpoint.files and not is_remote(checkpoint.source)
+    source = str(Path(checkpoint.source).resolve()) if by_path else checkpoint.source
     versions = {"npu-export": __version__, "python": platform.python_version(), **package_versions(PACKAGES)}
-    weights = Weights(source, plan.layout.name, files, checkpoint.random_seed, state_sha256, plan.coverage())
+    weights = Weights(
+        source, plan.layout.name, plan.prefix, files, checkpoint.random_seed, state_sha256, plan.coverage()
+    )
     return Provenance(weights, versions, project_revision())
 
 

@@ -40,6 +40,23 @@ def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preproce
     return pixel_values
 
 
+def plan_resize(
+    size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Width and height to resize an image of this width and height to, and the box to cut from the result.
+
+    Rounded as torchvision's Resize and CenterCrop do (transforms/functional.py): the longer side down, the
+    margin to the nearest even number.
+    """
+    height, width = preprocessing.size
+    if preprocessing.shortest_edge is None:
+        return (width, height), (0, 0, width, height)
+    edge, shorter = preprocessing.shortest_edge, min(size)
+    wide, high = (edge if side == shorter else edge * side // shorter for side in size)
+    left, top = round((wide - width) / 2), round((high - height) / 2)
+    return (wide, high), (left, top, left + width, top + height)
+
+
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Array:
     """One image as float32 [3, H, W].
 
@@ -50,13 +67,13 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Array:
     from PIL import Image, ImageOps
 
     resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    height, width = preprocessing.size
     upright = ImageOps.exif_transpose(image)
     if upright.mode[0] in "IF":
         raise ValueError(f"pillow mode {upright.mode} has more than 8 bits a channel; scale it to 8 bits first")
     if upright.mode == "P":  # pillow warns of a palette with alpha that goes to RGB directly; the colours are the same
         upright = upright.convert("RGBA")
-    resized = upright.convert("RGB").resize((width, height), resample[preprocessing.interpolation])
+    size, box = plan_resize(upright.size, preprocessing)
+    resized = upright.convert("RGB").resize(size, resample[preprocessing.interpolation]).crop(box)
     pixels = np.asarray(resized, np.float32) / np.float32(255)
     normalised = (pixels - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))

@@ -1,18 +1,31 @@
-"""Plain vision transformers with a CLS token, built by timm (Dosovitskiy et al., arXiv 2010.11929)."""
+"""Plain vision transformers with a CLS token (Dosovitskiy et al., arXiv 2010.11929)."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from npu_export.encoders.spec import EncoderSpec, Layout
-from npu_export.keymap import Concatenate, Drop, Rename, Rule
-from npu_export.timm_import import import_timm
-from npu_runtime.artifact.schema import Preprocessing, TensorSpec, Tolerance
+from npu_export.encoders.blocks import (
+    build_timm,
+    cls_and_tokens,
+    drop_modules,
+    embedding_and_tokens,
+    fuse_qkv,
+    keep_modules,
+    rename_modules,
+)
+from npu_export.encoders.spec import EncoderSpec, Layout, Positions, Published, limits
+from npu_export.keymap import Drop, Rule, rename
+from npu_export.operations import Chain, Concatenate, Operation, Reshape, Transpose
+from npu_runtime.artifact.schema import Precision, Preprocessing, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
+
+NO_HEAD = "the encoder ends at the final norm"
+TIMM_BLOCK = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,24 +39,16 @@ class VitShape:
     heads: int
 
     @property
-    def tokens(self) -> int:
-        return (self.image // self.patch) ** 2 + 1
-
-    @property
-    def parameters(self) -> int:
-        """Elements of patches, CLS, positions, final norm and blocks (two norms, qkv, proj, mlp of 4 x)."""
-        w = self.width
-        stem = 3 * self.patch**2 * w + w + w + self.tokens * w + 2 * w
-        return stem + self.depth * (12 * w * w + 13 * w)
+    def patches(self) -> int:
+        return (self.image // self.patch) ** 2
 
 
-def build_vit(shape: VitShape, norm_eps: float) -> nn.Module:
-    """timm's VisionTransformer without head or pooling, in eval mode."""
-    import_timm()
-    from timm.models.vision_transformer import VisionTransformer
+def build_vit(shape: VitShape, norm_eps: float, activation: str) -> nn.Module:
+    """timm's VisionTransformer without head or pooling."""
     from torch import nn
 
-    network: nn.Module = VisionTransformer(
+    return build_timm(
+        "vit_base_patch16_224",
         img_size=shape.image,
         patch_size=shape.patch,
         embed_dim=shape.width,
@@ -52,104 +57,196 @@ def build_vit(shape: VitShape, norm_eps: float) -> nn.Module:
         num_classes=0,
         global_pool="",
         norm_layer=functools.partial(nn.LayerNorm, eps=norm_eps),
+        act_layer=activation,
     )
-    return network.eval()
 
 
-def cls_and_tokens(network: nn.Module) -> nn.Module:
-    from npu_export.encoders.outputs import ClsAndTokens
+def _hf_rules() -> tuple[Rule | Drop, ...]:
+    """Hugging Face's ViTModel, as its files name it, to timm's VisionTransformer."""
+    layer = "encoder.layer.{i}"
+    return (
+        rename("embeddings.cls_token", "cls_token"),
+        rename("embeddings.position_embeddings", "pos_embed"),
+        *rename_modules(
+            {
+                "embeddings.patch_embeddings.projection": "patch_embed.proj",
+                f"{layer}.layernorm_before": "blocks.{i}.norm1",
+                f"{layer}.attention.output.dense": "blocks.{i}.attn.proj",
+                f"{layer}.layernorm_after": "blocks.{i}.norm2",
+                f"{layer}.intermediate.dense": "blocks.{i}.mlp.fc1",
+                f"{layer}.output.dense": "blocks.{i}.mlp.fc2",
+                "layernorm": "norm",
+            }
+        ),
+        *fuse_qkv(layer, ("attention.attention.query", "attention.attention.key", "attention.attention.value")),
+        *drop_modules(["pooler.dense"], NO_HEAD),
+    )
 
-    return ClsAndTokens(network).eval()
+
+def _hf_runtime_rules() -> tuple[Rule | Drop, ...]:
+    """ViTModel as transformers 5 names its modules at run time, and a state dict saved there."""
+    layer = "layers.{i}"
+    return (
+        rename("embeddings.cls_token", "cls_token"),
+        rename("embeddings.position_embeddings", "pos_embed"),
+        *rename_modules(
+            {
+                "embeddings.patch_embeddings.projection": "patch_embed.proj",
+                f"{layer}.layernorm_before": "blocks.{i}.norm1",
+                f"{layer}.attention.o_proj": "blocks.{i}.attn.proj",
+                f"{layer}.layernorm_after": "blocks.{i}.norm2",
+                f"{layer}.mlp.fc1": "blocks.{i}.mlp.fc1",
+                f"{layer}.mlp.fc2": "blocks.{i}.mlp.fc2",
+                "layernorm": "norm",
+            }
+        ),
+        *fuse_qkv(layer, ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+        *drop_modules(["pooler.dense"], NO_HEAD),
+    )
 
 
-def _hf_rules() -> tuple[Rule, ...]:
-    """Hugging Face's ViTForImageClassification, as on the hub, to timm's VisionTransformer."""
-    layer = "vit.encoder.layer.{i}"
-    names = {
-        "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
-        f"{layer}.layernorm_before": "blocks.{i}.norm1",
-        f"{layer}.attention.output.dense": "blocks.{i}.attn.proj",
-        f"{layer}.layernorm_after": "blocks.{i}.norm2",
-        f"{layer}.intermediate.dense": "blocks.{i}.mlp.fc1",
-        f"{layer}.output.dense": "blocks.{i}.mlp.fc2",
-        "vit.layernorm": "norm",
+def _timm_rules() -> tuple[Rule | Drop, ...]:
+    return (
+        rename("cls_token", "cls_token"),
+        rename("pos_embed", "pos_embed"),
+        *keep_modules(["patch_embed.proj", "norm", *(f"blocks.{{i}}.{module}" for module in TIMM_BLOCK)]),
+        *drop_modules(["head", "pre_logits.fc"], NO_HEAD),
+    )
+
+
+def _jax_rules(
+    shape: VitShape, attention: int, norm2: int, mlp: int, positions: str = "Transformer/posembed_input/pos_embedding"
+) -> tuple[Rule | Drop, ...]:
+    """Google's .npz, whose kernels are [in, out] and whose submodules are numbered in two ways."""
+    width, heads, head = shape.width, shape.heads, shape.width // shape.heads
+    block, transposed = "Transformer/encoderblock_{i}", Transpose((1, 0))
+    attend = f"{block}/MultiHeadDotProductAttention_{attention}"
+    flat: Mapping[str, Operation] = {
+        "kernel": Chain((Reshape((width, heads, head), (width, width)), transposed)),
+        "bias": Reshape((heads, head), (width,)),
     }
-    rules: list[Rule] = [
-        Rename("vit.embeddings.cls_token", "cls_token"),
-        Rename("vit.embeddings.position_embeddings", "pos_embed"),
-    ]
-    for leaf in ("weight", "bias"):
-        rules += [Rename(f"{source}.{leaf}", f"{target}.{leaf}") for source, target in names.items()]
-        qkv = tuple(f"{layer}.attention.attention.{part}.{leaf}" for part in ("query", "key", "value"))
-        rules.append(Concatenate(qkv, f"blocks.{{i}}.attn.qkv.{leaf}"))
-        rules.append(Drop(f"classifier.{leaf}", "the encoder ends at the final norm"))
-    return tuple(rules)
+    kernels: dict[str, tuple[str, Operation]] = {
+        "embedding": ("patch_embed.proj", Transpose((3, 2, 0, 1))),
+        f"{attend}/out": ("blocks.{i}.attn.proj", Chain((Reshape((heads, head, width), (width, width)), transposed))),
+        f"{block}/MlpBlock_{mlp}/Dense_0": ("blocks.{i}.mlp.fc1", transposed),
+        f"{block}/MlpBlock_{mlp}/Dense_1": ("blocks.{i}.mlp.fc2", transposed),
+    }
+    norms = {
+        f"{block}/LayerNorm_0": "blocks.{i}.norm1",
+        f"{block}/LayerNorm_{norm2}": "blocks.{i}.norm2",
+        "Transformer/encoder_norm": "norm",
+    }
+    return (
+        rename("cls", "cls_token"),
+        rename(positions, "pos_embed"),
+        *(
+            Rule((f"{source}/kernel",), (f"{target}.weight",), operation)
+            for source, (target, operation) in kernels.items()
+        ),
+        *(rename(f"{source}/bias", f"{target}.bias") for source, (target, _) in kernels.items()),
+        *(rename(f"{source}/scale", f"{target}.weight") for source, target in norms.items()),
+        *(rename(f"{source}/bias", f"{target}.bias") for source, target in norms.items()),
+        *(
+            Rule(
+                tuple(f"{attend}/{part}/{leaf}" for part in ("query", "key", "value")),
+                (f"blocks.{{i}}.attn.qkv.{target}",),
+                Chain((flat[leaf], Concatenate(3))),
+            )
+            for leaf, target in (("kernel", "weight"), ("bias", "bias"))
+        ),
+        *(Drop(f"{module}/{leaf}", NO_HEAD) for module in ("head", "pre_logits") for leaf in ("kernel", "bias")),
+    )
 
 
-def vit_encoder(
-    name: str, shape: VitShape, *, hub_id: str, aliases: tuple[str, ...], tolerances: tuple[Tolerance, ...]
-) -> EncoderSpec:
-    """A plain ViT published by Hugging Face, whose LayerNorm has eps 1e-12 where timm's has 1e-6."""
-    norm_eps = 1e-12
-    hf = Layout(
-        name="hf",
-        rules=_hf_rules(),
-        build=functools.partial(build_vit, shape, norm_eps),
+def vit_encoder(published: Published, shape: VitShape) -> EncoderSpec:
+    """A plain ViT published by Google, Hugging Face and timm.
+
+    LayerNorm's eps is 1e-12 in Hugging Face's network (`layer_norm_eps` of its config.json) and 1e-6 in
+    timm's and in flax. Google's network has GELU by tanh, as `flax.linen.gelu` is by default; both ports
+    have the exact one.
+    """
+    hf = functools.partial(
+        Layout,
+        "hf",
+        build=functools.partial(build_vit, shape, 1e-12, "gelu"),
+        prefix="vit.",
+        beside=drop_modules(["classifier"], NO_HEAD),
         config={
             "hidden_act": "gelu",
             "hidden_size": shape.width,
-            "image_size": shape.image,
-            "layer_norm_eps": norm_eps,
+            "layer_norm_eps": 1e-12,
             "num_attention_heads": shape.heads,
             "patch_size": shape.patch,
             "qkv_bias": True,
         },
+        # ViTEmbeddings.interpolate_pos_encoding in transformers' models/vit/modeling_vit.py
+        positions=Positions("pos_embed", 1, "bicubic", antialias=False),
+    )
+    jax = functools.partial(
+        Layout,
+        "jax",
+        build=functools.partial(build_vit, shape, 1e-6, "gelu_tanh"),
+        # scipy.ndimage.zoom(order=1) in google-research/vision_transformer, vit_jax/checkpoint.py
+        positions=Positions("pos_embed", 1, "bilinear", antialias=False, align_corners=True),
     )
     return EncoderSpec(
-        name=name,
-        hub_id=hub_id,
-        aliases=aliases,
-        parameters=shape.parameters,
-        inputs=(TensorSpec("pixel_values", "float32", ("B", 3, shape.image, shape.image)),),
-        outputs=(
-            TensorSpec("embedding", "float32", ("B", shape.width)),
-            TensorSpec("tokens", "float32", ("B", shape.tokens, shape.width)),
-        ),
+        published=published,
+        image_size=shape.image,
+        stride=shape.patch,
+        outputs=embedding_and_tokens(shape.patches + 1, shape.width),
         with_outputs=cls_and_tokens,
-        layouts=(hf,),
+        layouts=(
+            hf(rules=_hf_rules(), about="the hub's file, with or without `vit.`"),
+            hf(rules=_hf_runtime_rules(), about="a state dict saved in transformers 5"),
+            Layout(
+                "timm",
+                _timm_rules(),
+                functools.partial(build_vit, shape, 1e-6, "gelu"),
+                about="timm's file",
+                # resample_abs_pos_embed in timm's layers/pos_embed.py
+                positions=Positions("pos_embed", 1, "bicubic", antialias=True),
+            ),
+            jax(rules=_jax_rules(shape, 1, 2, 3), about="Google's .npz"),
+            jax(rules=_jax_rules(shape, 0, 1, 0), about="Google's .npz, numbered anew"),
+            jax(rules=_jax_rules(shape, 0, 1, 0, "pos_embedding"), about="big_vision's .npz", prefix="params/"),
+        ),
         preprocessing=Preprocessing(
             size=(shape.image, shape.image),
-            resize="squash",
+            shortest_edge=None,
             interpolation="bilinear",
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
             source="the encoder's default, as Hugging Face's ViTImageProcessor",
         ),
-        tolerances=tolerances,
+        at_size=lambda image: vit_encoder(published, replace(shape, image=image)),
     )
 
 
-def _tolerances() -> tuple[Tolerance, ...]:
-    """Limits for fp32, about ten times what was measured on seeded weights with outputs up to 5.
-
-    Measured with onnxruntime 1.31 on an x86 CPU over batch sizes 1 and 4: 5.3e-6 and 8.4e-7; TorchScript
-    0 on the same CPU. For scale, on the same weights: tanh for exact GELU gives 7.5e-4, LayerNorm's eps of
-    1e-6 for 1e-12 gives 2.7e-5, which no limit with room for another CPU's rounding can refuse.
-    """
-    basis = "about ten times the largest difference measured with onnxruntime 1.31 on an x86 CPU, seeded weights"
-    limits: tuple[tuple[Literal["max_abs_error", "max_relative_l2_error"], float], ...] = (
-        ("max_abs_error", 5e-5),
-        ("max_relative_l2_error", 1e-5),
-    )
-    return tuple(
-        Tolerance(output, metric, limit, basis) for output in ("embedding", "tokens") for metric, limit in limits
-    )
-
+TOLERANCES: Mapping[Precision, tuple[Tolerance, ...]] = {
+    "fp32": limits(
+        "ONNX Runtime 5.3e-6 and 9.4e-7; TorchScript 0",
+        embedding=(5e-5, 1e-5),
+        tokens=(5e-5, 1e-5),
+    ),
+    "fp16": limits(
+        "eager 8.3e-3 and 1.4e-3, tokens 8.7e-3 and 1.2e-3",
+        embedding=(0.025, 4e-3),
+        tokens=(0.03, 4e-3),
+    ),
+    "bf16": limits(
+        "eager 6.4e-2 and 1.1e-2, tokens 8.0e-2 and 1.0e-2",
+        embedding=(0.2, 0.02),
+        tokens=(0.25, 0.02),
+    ),
+}
 
 VIT_BASE = vit_encoder(
-    "vit-base",
+    Published(
+        name="vit-base",
+        hub_id="google/vit-base-patch16-224",
+        aliases=("vit_base_patch16_224",),
+        parameters=85_798_656,
+        tolerances=TOLERANCES,
+    ),
     VitShape(image=224, patch=16, width=768, depth=12, heads=12),
-    hub_id="google/vit-base-patch16-224",
-    aliases=("vit_base_patch16_224",),
-    tolerances=_tolerances(),
 )

@@ -183,13 +183,15 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     impossible = [f"batch {p.batch} of {p.file}" for p in manifest.programs if p.batch < 1]
     impossible += [f"shape {list(s.shape)} of {s.name}" for s in (*manifest.inputs, *manifest.outputs) if not _fixed(s)]
     impossible += [] if min(manifest.preprocessing.size) > 0 else [f"image size {list(manifest.preprocessing.size)}"]
+    edge = manifest.preprocessing.shortest_edge
+    impossible += [] if edge is None or edge >= max(manifest.preprocessing.size) else [f"shortest edge {edge}"]
     impossible += [] if all(manifest.preprocessing.std) else [f"std {list(manifest.preprocessing.std)}"]
     impossible += [] if manifest.reference.seeds else ["a reference without images"]
     if impossible:
         raise ArtifactError(
             "the manifest has values that no artifact has",
             where=where,
-            expected='batches and sizes of 1 or more, shapes that start with "B", deviations other than 0',
+            expected='batches and sizes of 1 or more, shapes that start with "B", stds other than 0, crops inside',
             got=", ".join(impossible),
             hint="the file was edited or damaged; export the artifact again",
         )

@@ -2,6 +2,8 @@
 
 Versions of the schema:
     1.0  first: encoder, inputs, outputs, programs, files, reference, preprocessing, tolerances, provenance.
+    2.0  preprocessing.shortest_edge for preprocessing.resize, coverage.matched for coverage.renamed,
+         weights.prefix; precisions fp16 and bf16.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-SCHEMA_MAJOR = 1
+SCHEMA_MAJOR = 2
 SCHEMA_MINOR = 0
 
 MANIFEST_NAME = "manifest.json"
+
+Precision = Literal["fp32", "fp16", "bf16"]
+"""Type of weights and compute inside of the programs; inputs and outputs are float32 whatever it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +70,13 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How an image file becomes `pixel_values`: resize, scale to 0..1, subtract mean, divide by std."""
+    """How an image file becomes `pixel_values`: resize, crop, scale to 0..1, subtract mean, divide by std."""
 
     size: tuple[int, int]
     """Height and width in pixels."""
-    resize: Literal["squash"]
-    """`squash` resizes to `size` without keeping the aspect ratio."""
+    shortest_edge: int | None
+    """Pixels of the shorter side after a resize that keeps the aspect ratio, before `size` is cut from the
+    centre; None resizes to `size` itself, whatever the aspect ratio."""
     interpolation: Literal["bilinear", "bicubic"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -101,7 +107,8 @@ class SourceFile:
 class Coverage:
     """How the checkpoint's tensors were used; each is counted once. None is ever left over or missing."""
 
-    renamed: int
+    matched: int
+    """Tensors that are as the network has them, whatever their names."""
     transformed: int
     dropped: int
     parameters: int
@@ -115,6 +122,8 @@ class Weights:
     source: str
     """As asked for: a path, `hf:ID@REVISION` or `random:SEED`."""
     layout: str
+    prefix: str
+    """Before the layout's keys in the file: `visual.`, or a dict inside of it with a slash, `model_ema/`."""
     files: tuple[SourceFile, ...]
     """Empty for random weights."""
     random_seed: int | None
@@ -135,7 +144,7 @@ class Provenance:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     encoder: str
-    precision: Literal["fp32"]
+    precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     programs: tuple[Program, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from npu_runtime.artifact.codec import to_json
-from npu_runtime.artifact.schema import TensorSpec
+from npu_runtime.artifact.schema import Preprocessing, TensorSpec
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.cli.console import print_json, print_line, print_table, print_weights, spell_nbytes
 from npu_runtime.cli.options import artifact_argument, json_option
@@ -31,7 +31,7 @@ def command(artifact: str, as_json: bool) -> None:
         print_line(f"output    {_spell(spec)}")
     steps = manifest.preprocessing
     print_line(
-        f"images    {steps.resize} to {steps.size[0]} x {steps.size[1]}, {steps.interpolation}, "
+        f"images    {_resizing(steps)}, {steps.interpolation}, "
         f"mean {_triple(steps.mean)}, std {_triple(steps.std)} ({steps.source})"
     )
     print_line(f"made with {', '.join(f'{name} {version}' for name, version in provenance.versions.items())}")
@@ -60,3 +60,10 @@ def _spell(spec: TensorSpec) -> str:
 
 def _triple(values: tuple[float, float, float]) -> str:
     return "/".join(f"{value:g}" for value in values)
+
+
+def _resizing(steps: Preprocessing) -> str:
+    size = f"{steps.size[0]} x {steps.size[1]}"
+    if steps.shortest_edge is None:
+        return f"squashed to {size}"
+    return f"shorter side to {steps.shortest_edge}, centre {size}"
