@@ -1,6 +1,7 @@
-"""Speed and memory of vit-base as ratios, both sides of each in one run. Prints a table, writes a record.
+"""Speed and memory as ratios, both sides of each in one run. Prints a table, writes a record.
 
-Run it on an idle machine: `.venv/bin/python scripts/benchmark.py --output build/benchmark.json`.
+Run it on an idle machine: `.venv/bin/python scripts/benchmark.py --output build/benchmark.json` measures vit-base;
+`--encoders` the exports, builds and calls of all five instead.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -42,6 +43,50 @@ with torch.inference_mode():
 """
 
 
+EXPORT_BY_HAND = """
+import sys, warnings, torch
+from pathlib import Path
+from npu_export.checkpoint import open_checkpoint
+from npu_export.encoders import find_encoder
+from npu_export.network import load_network, plan_weights
+encoder, folder = find_encoder(sys.argv[1]), Path(sys.argv[3])
+module = encoder.with_outputs(load_network(plan_weights(encoder, open_checkpoint(Path(sys.argv[2])))))
+x = torch.zeros(encoder.inputs[0].of_batch(1))
+warnings.simplefilter("ignore")
+with torch.no_grad():
+    torch.jit.save(torch.jit.trace(module, x), folder / "hand.ts")
+    torch.onnx.export(module, (x,), folder / "hand.onnx", dynamo=True, verbose=False)
+"""
+BUILD = """
+import sys, time
+from npu_export.encoders import find_encoder
+from npu_export.network import network_shapes
+from npu_export.timm_import import import_timm
+import_timm()
+import timm
+timm.create_model("vit_tiny_patch16_224", img_size=32)  # what the first build of any network imports
+encoder = find_encoder(sys.argv[1])
+for build in (lambda: network_shapes(encoder.layouts[0]), lambda: timm.create_model(sys.argv[2])):
+    start = time.perf_counter()
+    build()
+    print(1000 * (time.perf_counter() - start))
+"""
+TIMM_NAMES = {
+    "vit-base": "vit_base_patch16_224",
+    "pe-lang-l14-448": "vit_pe_lang_large_patch14_448",
+    "convnext-base-clip": "convnext_base.clip_laion2b",
+    "dinov2-small-reg4": "vit_small_patch14_reg4_dinov2",
+    "aimv2-large-distilled": "aimv2_large_patch14_224",
+}
+LAYOUTS = {
+    "vit-base": "vit.hf.tsv",
+    "pe-lang-l14-448": "pe-lang.meta.tsv",
+    "convnext-base-clip": "convnext.timm.tsv",
+    "dinov2-small-reg4": "dinov2.timm.tsv",
+    "aimv2-large-distilled": "aimv2.hf.tsv",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One comparison. `ratio` is the median over rounds of ours / other, so that drift cancels."""
@@ -58,17 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="where the record is written")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each comparison")
+    parser.add_argument("--encoders", action="store_true", help="all five encoders instead of vit-base in depth")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        checkpoint, artifact = work / "checkpoint", work / "artifact"
-        run([sys.executable, str(HERE / "make_checkpoint.py"), str(LAYOUT), str(checkpoint)])
-        rows += compare_exports(checkpoint, artifact, work)
-        rows += compare_processes(checkpoint, artifact, arguments.rounds)
-        rows += compare_calls(checkpoint, artifact, work, arguments.rounds)
-    for row in rows:
-        print(f"{row.what:<60} {row.ours:>8.1f} {row.other:>8.1f} {row.unit} {row.ratio:>7.3f}   {row.limit}")
+    for measured in measure_encoders(arguments.rounds) if arguments.encoders else measure_vit_base(arguments.rounds):
+        rows.append(measured)
+        what, ours, other = measured.what, measured.ours, measured.other
+        print(
+            f"{what:<68} {ours:>9.1f} {other:>9.1f} {measured.unit} {measured.ratio:>7.3f}   {measured.limit}",
+            flush=True,
+        )
     record = {
         "record": "benchmark",
         "environment": describe_environment(),
@@ -76,6 +120,67 @@ def main() -> None:
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def measure_vit_base(rounds: int) -> Iterator[Row]:
+    """Exports, processes and calls of vit-base."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        checkpoint, artifact = work / "checkpoint", work / "artifact"
+        run([sys.executable, str(HERE / "make_checkpoint.py"), str(LAYOUT), str(checkpoint)])
+        yield from compare_exports(checkpoint, artifact, work)
+        yield from compare_processes(checkpoint, artifact, rounds)
+        yield from compare_calls(checkpoint, artifact, work, rounds, batches=(1, 4))
+
+
+def measure_encoders(rounds: int) -> Iterator[Row]:
+    """Of each encoder: building, one export against torch's two exporters by hand, and calls at batch 1."""
+    for encoder, layout in LAYOUTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            checkpoint, artifact = work / "checkpoint", work / "artifact"
+            run([sys.executable, str(HERE / "make_checkpoint.py"), str(LAYOUT.with_name(layout)), str(checkpoint)])
+            yield compare_builds(encoder)
+            yield from compare_with_hand(encoder, checkpoint, artifact, work)
+            for row in compare_calls(checkpoint, artifact, work, rounds, batches=(1,)):
+                yield replace(row, what=f"{encoder}: {row.what}")
+
+
+def compare_builds(encoder: str) -> Row:
+    """Milliseconds to build a network that is about to be filled, and by timm's create_model, each three times."""
+    output = [
+        subprocess.run(
+            [sys.executable, "-c", BUILD, encoder, TIMM_NAMES[encoder]], check=True, capture_output=True, text=True
+        ).stdout.split()
+        for _ in range(3)
+    ]
+    ours, other = ([float(pair[index]) for pair in output] for index in (0, 1))
+    return compare(f"{encoder}: build / timm.create_model", ours, other, "below 1")
+
+
+def compare_with_hand(encoder: str, checkpoint: Path, artifact: Path, work: Path) -> list[Row]:
+    """One export of both formats against torch.jit.trace and torch.onnx.export, and its memory against the weights."""
+    seconds = []
+    hand = [sys.executable, "-c", EXPORT_BY_HAND, encoder, str(checkpoint), str(work)]
+    ours = ["npu-export", "--model", encoder, "--weights", str(checkpoint), "--output", str(artifact)]
+    peaks_mb = []
+    for command in (ours, hand):
+        start = time.perf_counter()
+        peaks_mb.append(run(command))
+        seconds.append(time.perf_counter() - start)
+    limit_mb = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6 + 1500
+    times = Row(
+        f"{encoder}: export / trace and onnx.export by hand", *seconds, "s", seconds[0] / seconds[1], "at most 1.5"
+    )
+    peak = Row(
+        f"{encoder}: peak memory / fp32 weights + 1500 MB",
+        peaks_mb[0],
+        limit_mb,
+        "MB",
+        peaks_mb[0] / limit_mb,
+        "at most 1",
+    )
+    return [times, peak]
 
 
 def compare_exports(checkpoint: Path, artifact: Path, work: Path) -> list[Row]:
@@ -113,7 +218,7 @@ def compare_processes(checkpoint: Path, artifact: Path, rounds: int) -> list[Row
     ]
 
 
-def compare_calls(checkpoint: Path, artifact: Path, work: Path, rounds: int) -> list[Row]:
+def compare_calls(checkpoint: Path, artifact: Path, work: Path, rounds: int, batches: Sequence[int]) -> list[Row]:
     """A call through this project against the raw session, an export by hand, and eager."""
     import onnxruntime
 
@@ -123,8 +228,8 @@ def compare_calls(checkpoint: Path, artifact: Path, work: Path, rounds: int) -> 
     eager = load(artifact, backend="eager", threads=threads)
     ours = load(artifact, threads=threads)
     rows: list[Row] = []
-    for batch in (1, 4):
-        x = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
+    for batch in batches:
+        x = np.random.default_rng(0).standard_normal(ours.manifest.inputs[0].of_batch(batch), np.float32)
         ours(x)
         raw = ours._session._open[batch]  # type: ignore[union-attr]
         hand = onnxruntime.InferenceSession(str(export_by_hand(eager, x, work)), options)
@@ -133,7 +238,7 @@ def compare_calls(checkpoint: Path, artifact: Path, work: Path, rounds: int) -> 
             return raw.run(["embedding"], {"pixel_values": x})
 
         def run_hand(x: np.ndarray = x, hand: onnxruntime.InferenceSession = hand) -> object:
-            return hand.run(None, {hand.get_inputs()[0].name: x})
+            return hand.run([hand.get_outputs()[0].name], {hand.get_inputs()[0].name: x})
 
         mine, by_raw, by_hand, by_eager = interleave(
             [lambda x=x: ours(x), run_raw, run_hand, lambda x=x: eager(x)], rounds * 2

@@ -1,9 +1,20 @@
-# Sourced by the other scripts: .venv with the pinned dependencies, made once and again when the pins change.
+# Sourced by the other scripts: an environment with pinned dependencies, made once and again when the pins change.
+# STACK names the pins: current in .venv; old, and ascend as on Ascend hosts, in .venv-old and .venv-ascend.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-pins=$(cat pyproject.toml constraints.txt | sha256sum)
-if [ "$(cat .venv/pins 2>/dev/null)" != "$pins" ]; then
+stack=${STACK:-current}
+case "$stack" in
+  current) venv=.venv constraints=constraints.txt ;;
+  old | ascend) venv=.venv-$stack constraints=constraints-$stack.txt ;;
+  *)
+    echo "There is no stack $stack: choose current, old or ascend." >&2
+    exit 2
+    ;;
+esac
+
+pins=$(cat pyproject.toml constraints*.txt | sha256sum)
+if [ "$(cat "$venv/pins" 2>/dev/null)" != "$pins" ]; then
   python=${PYTHON:-}
   for candidate in python3.11 python3.12 python3.13 python3; do
     [ -n "$python" ] && break
@@ -15,10 +26,10 @@ if [ "$(cat .venv/pins 2>/dev/null)" != "$pins" ]; then
     echo "The pinned environment needs Python 3.11, 3.12 or 3.13. Name one with PYTHON=/path/to/python3.11." >&2
     exit 4
   fi
-  echo "Making .venv with $("$python" --version) and the pinned dependencies; this is done once." >&2
-  "$python" -m venv --clear .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".[export,dev]"
-  echo "$pins" >.venv/pins
+  echo "Making $venv with $("$python" --version) and the dependencies of $constraints; this is done once." >&2
+  "$python" -m venv --clear "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint "$constraints" --editable ".[export,dev]"
+  echo "$pins" >"$venv/pins"
 fi
-PATH="$PWD/.venv/bin:$PATH"
+PATH="$PWD/$venv/bin:$PATH"

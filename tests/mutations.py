@@ -5,12 +5,18 @@ Each takes a network as timm builds it, and changes it in place. They act in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
+
+import npu_export.pipeline as pipeline
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Mutation = Callable[[Any], None]
@@ -112,3 +118,28 @@ network: see `mean_of_patches`."""
 def mean_of_patches(outputs: Mapping[str, Array], prefix: int) -> dict[str, Array]:
     """The embedding as timm's default pooling makes it."""
     return {**outputs, "embedding": outputs["tokens"][:, prefix:].mean(axis=1)}
+
+
+def on_network(mutation: Mutation) -> Mutation:
+    """The mutation of a module that gives an encoder's outputs."""
+
+    @functools.wraps(mutation)
+    def mutate(module: Any) -> None:
+        mutation(module.network)
+
+    return mutate
+
+
+@contextmanager
+def changed_after_the_reference(change: Mutation, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Exports whose module changes between the reference and the freezing, which the real gate must notice."""
+    write = pipeline._write_reference
+
+    def write_and_change(encoder: Any, module: nn.Module, path: Path) -> None:
+        write(encoder, module, path)
+        with torch.no_grad():
+            change(module)
+
+    with patch.context() as context:
+        context.setattr(pipeline, "_write_reference", write_and_change)
+        yield

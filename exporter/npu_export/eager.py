@@ -44,7 +44,7 @@ class EagerBackend:
         source = options.weights or recorded.source
         try:
             checkpoint = find_weights(encoder, source, recorded.layout)
-            plan = plan_weights(encoder, checkpoint, recorded.layout, prefix=recorded.prefix or None, resample=True)
+            plan = plan_weights(encoder, checkpoint, recorded.layout, prefix=recorded.prefix, resample=True)
             network = load_network(plan)
         except CheckpointError as error:
             if options.weights is not None:

@@ -23,10 +23,10 @@ to stay offline, and take one or another by its own release."""
 
 
 def _modelscope(repository: str, name: str, revision: str | None, offline: bool) -> Path | None:
-    from modelscope.hub.file_download import model_file_download
-
     asked = revision or DEFAULT_REVISION
     try:
+        from modelscope.hub.file_download import model_file_download
+
         with _quiet():
             file = Path(model_file_download(repository, name, asked, local_files_only=offline))
     except Exception as error:  # its own, those of requests and ValueError, by release

@@ -77,7 +77,7 @@ def plan_weights(
             hint="choose one with --prefix, or with --layout where only the layouts differ",
         )
     if not complete:
-        raise _does_not_fit(encoder, checkpoint, nearest(found))
+        raise _does_not_fit(encoder, checkpoint, nearest(found), target)
     (chosen,) = complete
     used = chosen.keymap.sources()
     why = f"{len(used)} of {len(checkpoint.shapes)} keys are those of {chosen}"
@@ -175,13 +175,15 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def _does_not_fit(encoder: EncoderSpec, checkpoint: Checkpoint, candidate: Candidate) -> CheckpointError:
+def _does_not_fit(
+    encoder: EncoderSpec, checkpoint: Checkpoint, candidate: Candidate, target: Shapes
+) -> CheckpointError:
     """The error with every fault, and what the file seems to be instead."""
     twice = {key: f"names what {other} fills" for key, other in duplicates(candidate).items()}
     faults = [*candidate.keymap.faults(), *(f"duplicate   {line}" for line in fold_keys(twice))]
     told = lookalikes(encoder, candidate)
     mismatched = {mismatch.target: mismatch for mismatch in candidate.keymap.mismatched}
-    if (other := _other_encoder(encoder, checkpoint, candidate)) is not None:
+    if (other := _other_encoder(encoder, checkpoint, _filled(candidate, target))) is not None:
         hint = f"this looks like a checkpoint of {other}: use --model {other}"
     elif told:
         hint = f"this is another model: it has {'; '.join(told)}"
@@ -211,23 +213,22 @@ def _positions_hint(encoder: EncoderSpec, candidate: Candidate, mismatch: Mismat
     return f"its positions are for images of another size: {own}, --image-size {encoder.image_size} resamples them"
 
 
-def _other_encoder(encoder: EncoderSpec, checkpoint: Checkpoint, candidate: Candidate) -> str | None:
-    """Name of another encoder that the keys and shapes fit better, and for the most part."""
-    best = max(_filled(encoder, candidate), 0.5)
-    name = None
+def _other_encoder(encoder: EncoderSpec, checkpoint: Checkpoint, filled: float) -> str | None:
+    """Name of another encoder that the keys and shapes fill better, and for the most part."""
+    best, name = max(filled, 0.5), None
     for other in encoders.ENCODERS:
         if other.name != encoder.name:
-            near = nearest(candidates(other.layouts, checkpoint.shapes, network_shapes(other.layouts[0])))
-            if _filled(other, near) > best:
-                best, name = _filled(other, near), other.name
+            target = network_shapes(other.layouts[0])
+            by_other = _filled(nearest(candidates(other.layouts, checkpoint.shapes, target)), target)
+            if by_other > best:
+                best, name = by_other, other.name
     return name
 
 
-def _filled(encoder: EncoderSpec, candidate: Candidate) -> float:
+def _filled(candidate: Candidate, target: Shapes) -> float:
     """The fraction of the network's tensors that the candidate fills."""
     keymap = candidate.keymap
-    filled = sum(len(move.targets) for move in keymap.moves) - len(keymap.mismatched)
-    return filled / len(network_shapes(encoder.layouts[0]))
+    return (sum(len(move.targets) for move in keymap.moves) - len(keymap.mismatched)) / len(target)
 
 
 def _check_dtypes(plan: WeightsPlan) -> None:

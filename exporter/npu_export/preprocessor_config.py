@@ -54,7 +54,7 @@ def _from_hugging_face(config: Mapping[str, object], default: Preprocessing, whe
     note = "" if (size, size) == default.size else f", which is for {size} pixels"
     return _with_pixels(
         replace(resized, source=PREPROCESSOR_FILE + note),
-        interpolation=("resample", config.get("resample", 2)),
+        interpolation=("resample", config.get("resample", 3 if crops else 2)),  # the defaults of those classes
         mean=("image_mean", config.get("image_mean")),
         std=("image_std", config.get("image_std")),
         problems=problems,

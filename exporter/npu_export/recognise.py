@@ -53,7 +53,7 @@ def candidates(
             joined = "".join(chain)
             if resample and layout.positions is not None:
                 rules = _with_resampling(rules, layout.positions, shapes, target)
-            outside = _outside(shapes, joined, chosen=prefix is not None)
+            outside = _beside_container(shapes, joined) if prefix is None else _not_chosen(shapes, prefix, layout)
             inside = {key: shape for key, shape in shapes.items() if key not in outside}
             plan = plan_keymap(rules, inside, target)
             found.append(Candidate(layout, joined, replace(plan, dropped={**plan.dropped, **outside})))
@@ -128,11 +128,19 @@ def _under_prefix(layout: Layout, chain: tuple[str, ...]) -> tuple[Rule | Drop, 
     return tuple(rules)
 
 
-def _outside(shapes: Shapes, prefix: str, *, chosen: bool) -> dict[str, str]:
-    """Keys beside the container of a prefix, or beside a prefix that was asked for, and why they are dropped."""
-    kept = prefix if chosen else prefix[: prefix.rfind("/") + 1]
-    because = f"outside of {kept}, which --prefix names" if chosen else f"outside of the container {kept}"
-    return {key: because for key in shapes if not key.startswith(kept)}
+def _beside_container(shapes: Shapes, prefix: str) -> dict[str, str]:
+    """Keys outside of the dict in which the prefix lies, and why they are dropped."""
+    container = prefix[: prefix.rfind("/") + 1]
+    return {key: f"outside of the container {container}" for key in shapes if not key.startswith(container)}
+
+
+def _not_chosen(shapes: Shapes, prefix: str, layout: Layout) -> dict[str, str]:
+    """Keys outside of a prefix that was asked for; those with any known prefix where it is the empty one."""
+    return {
+        key: f"outside of the prefix {prefix!r} that was asked for"
+        for key in shapes
+        if not key.startswith(prefix) or (not prefix and _tokens(key, layout))
+    }
 
 
 def _with_resampling(

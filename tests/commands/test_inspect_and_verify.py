@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from npu_runtime.artifact import store
+from npu_runtime.artifact.schema import SCHEMA_MAJOR, SCHEMA_MINOR
 from npu_runtime.artifact.store import open_artifact
 
 RANDOM = "weights   RANDOM weights (seed 5), not a trained encoder"
@@ -46,6 +47,27 @@ def test_inspect_as_json_is_the_manifest(call: Callable[..., Any], tiny_artifact
     written = json.loads((tiny_artifact / "manifest.json").read_text("utf-8"))
     del written["schema"]
     assert shown == {"artifact": str(tiny_artifact), "digest": open_artifact(tiny_artifact).digest, "manifest": written}
+
+
+@pytest.mark.parametrize(
+    ("edge", "shown"), [(None, "squashed to 32 x 32, bilinear"), (36, "shorter side to 36, centre 32 x 32, bilinear")]
+)
+def test_inspect_says_how_images_are_resized(
+    edge: int | None, shown: str, call: Callable[..., Any], artifact_copy: Path, rewrite: Callable[..., None]
+) -> None:
+    rewrite(artifact_copy, lambda manifest: manifest["preprocessing"].update(shortest_edge=edge))
+    assert f"images    {shown}" in call("npu-runtime", "inspect", artifact_copy).out
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "bench"])
+def test_an_artifact_of_schema_1_is_refused_with_what_to_do(
+    command: str, call: Callable[..., Any], artifact_copy: Path
+) -> None:
+    shutil.copy(Path(__file__).parents[1] / "data" / "manifests" / "1.0.json", artifact_copy / "manifest.json")
+    result = call("npu-runtime", command, artifact_copy, "--json")
+    assert (result.code, result.json["exit_code"]) == (1, 1)
+    assert result.json["error"]["next"] == "export it again"
+    assert result.json["error"]["got"] == "schema 1.0"
 
 
 @pytest.mark.parametrize(
@@ -149,11 +171,11 @@ def change_a_byte(artifact: Path) -> None:
 
 
 def newer_major(manifest: dict[str, Any]) -> None:
-    manifest["schema"] = "2.0"
+    manifest["schema"] = f"{SCHEMA_MAJOR + 1}.0"
 
 
 def newer_minor(manifest: dict[str, Any]) -> None:
-    manifest.update(schema="1.9", colour="blue")
+    manifest.update(schema=f"{SCHEMA_MAJOR}.{SCHEMA_MINOR + 9}", colour="blue")
 
 
 def leaves_the_folder(manifest: dict[str, Any]) -> None:

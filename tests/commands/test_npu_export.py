@@ -14,13 +14,10 @@ from typing import Any
 
 import pytest
 import safetensors
-import tiny
 import torch
-from safetensors.torch import load_file, save_file
 
 from npu_export import plan, torchscript
 from npu_export.checkpoint import Checkpoint
-from npu_export.encoders import ENCODERS
 from npu_runtime.artifact.store import open_artifact
 
 STEPS = (
@@ -39,25 +36,6 @@ BASE = ("npu-export", "--model", "tiny-vit", "--weights", "random:5")
 
 def entries(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-def test_the_list_names_every_encoder_with_its_aliases_and_layouts(call: Callable[..., Any]) -> None:
-    result = call("npu-export", "--list")
-    assert (result.code, result.err) == (0, "")
-    for encoder in ENCODERS:
-        for text in (encoder.name, encoder.hub_id, *encoder.aliases, *(known.name for known in encoder.layouts)):
-            assert text in result.out
-    assert re.search(r"formats +torchscript, onnx\nprecisions +fp32\n", result.out)
-
-
-def test_the_list_as_json_holds_what_the_text_shows(call: Callable[..., Any]) -> None:
-    listed = call("npu-export", "--list", "--json").json
-    (row,) = [row for row in listed["encoders"] if row["encoder"] == "tiny-vit"]
-    assert row["aliases"] == ["tests/tiny-vit", "vit_tiny_for_tests"]
-    assert row["parameters"] == tiny.TINY.parameters
-    assert row["layouts"] == ["hf"]
-    assert [output["name"] for output in row["outputs"]] == ["embedding", "tokens"]
-    assert (listed["formats"], listed["precisions"]) == (["torchscript", "onnx"], ["fp32"])
 
 
 def test_every_step_and_its_time_go_to_stderr_and_the_result_alone_to_stdout(
@@ -123,46 +101,29 @@ def test_a_dry_run_reads_no_tensor_and_writes_nothing(
     result = call(*arguments, "--batch", "1,4", "--output", "new/a", "--dry-run")
     assert result.code == 0
     assert entries(tmp_path) == set()
-    assert "26 renamed, 12 transformed, 0 dropped, 0 missing, 0 unexpected, 0 mismatched" in result.out
-    assert "torchscript, onnx, batch 1, 4" in result.out
+    assert "26 matched, 12 transformed, 0 dropped, 0 missing, 0 unexpected, 0 mismatched" in result.out
+    assert "torchscript, onnx, opset 18, batch 1, 4" in result.out
     assert "new/a  (dry run: nothing was written)" in result.out
     assert [line[:2] for line in result.err.splitlines()] == ["✓ "]
     with pytest.raises(AssertionError, match="was read"):
         call(*arguments, "--output", "new/a")
 
 
-def test_a_dry_run_as_json_is_the_effective_plan(call: Callable[..., Any], tmp_path: Path) -> None:
-    output = tmp_path / "a"
-    shown = call(*BASE, "--format", "onnx", "--batch", "4,1", "--output", output, "--dry-run", "--json").json
-    names = ("encoder", "weights", "layout", "precision", "formats", "batches", "opset")
-    assert {name: shown[name] for name in names} == {
-        "encoder": "tiny-vit",
-        "weights": "random:5",
-        "layout": "hf",
-        "precision": "fp32",
-        "formats": ["onnx"],
-        "batches": [4, 1],
-        "opset": 18,
-    }
-    assert shown["output"] == str(output)
-    assert shown["coverage"]["parameters"] == tiny.TINY.parameters
-    assert set(shown["nbytes"]) == {"weights.onnx.data", "reference.safetensors"}
-    assert entries(tmp_path) == set()
-
-
-def test_a_dry_run_shows_each_dropped_key_with_the_reason(
-    call: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    tensors = load_file(tiny_checkpoint / "model.safetensors")
-    save_file({**tensors, "classifier.bias": torch.zeros(3)}, tmp_path / "with_head.safetensors")
-    result = call("npu-export", "--model", "tiny-vit", "--weights", tmp_path / "with_head.safetensors", "--dry-run")
-    assert "1 dropped" in result.out
-    assert "dropped classifier.bias: the encoder ends at the final norm" in result.out
-
-
+SIZE = "tiny-vit takes no images of this size"
 WRONG_USAGE = {
     "encoder": (("--model", "vit-bose"), {"what": "unknown encoder 'vit-bose'", "next": "did you mean vit-base?"}),
-    "layout": (("--layout", "jax"), {"what": "unknown layout", "expected": "auto, hf", "got": "jax"}),
+    "layout": (("--layout", "meta"), {"what": "unknown layout", "expected": "auto, hf, timm, jax", "got": "meta"}),
+    "image size": (
+        ("--image-size", "30"),
+        {
+            "what": SIZE,
+            "expected": "a multiple of 8 pixels up to 4096",
+            "got": "30",
+            "next": "the nearest is 32",
+        },
+    ),
+    "image size too large": (("--image-size", "5000"), {"next": "the nearest is 4096", "got": "5000", "what": SIZE}),
+    "image size 0": (("--image-size", "0"), {"next": "the nearest is 8", "got": "0", "what": SIZE}),
     "batch 0": (("--batch", "0"), {"what": "wrong batch sizes", "got": "0"}),
     "batch twice": (("--batch", "4,4"), {"what": "wrong batch sizes", "got": "4,4"}),
     "batch too large": (("--batch", "1025"), {"what": "wrong batch sizes", "got": "1025"}),
@@ -195,6 +156,10 @@ def test_wrong_usage_exits_with_2_and_says_what_and_what_is_possible(
         ("--batch", "1"),
         ("--batch", "1024"),
         ("--layout", "hf"),
+        ("--image-size", "8", "--batch", "1"),
+        ("--image-size", "64"),
+        ("--precision", "fp16"),
+        ("--precision", "bf16", "--format", "torchscript"),
         ("--format", "onnx", "--opset", "18"),
         ("--format", "torchscript"),
     ],
@@ -208,6 +173,8 @@ def test_right_usage_beside_the_wrong_one_is_planned(arguments: tuple[str, ...],
     [
         (("--format", "om"), "'om' is not one of 'torchscript', 'onnx'"),
         (("--precision", "int8"), "'int8'"),
+        (("--precision", "fp64"), "'fp64' is not one of 'fp32', 'fp16', 'bf16'"),
+        (("--image-size", "224.5"), "'224.5' is not a valid integer"),
         (("--batch", "1,four"), "whole numbers such as 1,4,8, got '1,four'"),
         (("--batch", ""), "whole numbers such as 1,4,8, got ''"),
         (("--colour",), "No such option"),
@@ -242,7 +209,8 @@ def test_an_error_of_the_checkpoint_exits_with_1_and_says_what_where_expected_go
         "error": {
             "what": "the folder holds no weights",
             "where": str(tmp_path / "weights"),
-            "expected": "model.safetensors or pytorch_model.bin",
+            "expected": "model.safetensors or pytorch_model.bin or model.safetensors.index.json "
+            "or pytorch_model.bin.index.json",
             "got": "an empty folder",
             "next": "pass the weights file itself with --weights",
         },
@@ -274,7 +242,18 @@ def test_a_missing_package_exits_with_4_and_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     result = call("npu-export", "--model", "tiny-vit", "--output", tmp_path / "a", "--json")
     assert (result.code, result.json["exit_code"]) == (4, 4)
-    assert "pip install 'npu-export[export]'" in result.json["error"]["next"]
+    assert result.json["error"]["next"] == "pip install huggingface_hub, or pass a file with --weights"
+
+
+@pytest.mark.parametrize("formats", [(), ("--format", "onnx")])
+def test_onnx_in_bf16_exits_with_4_and_advice_before_the_weights_are_looked_for(
+    formats: tuple[str, ...], call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "find_weights", lambda *_: pytest.fail("the weights were looked for"))
+    result = call(*BASE, "--precision", "bf16", *formats, "--output", tmp_path / "a", "--json")
+    assert (result.code, result.json["exit_code"]) == (4, 4)
+    assert result.json["error"]["next"].startswith("choose --format torchscript for bf16")
+    assert entries(tmp_path) == set()
 
 
 def test_an_output_that_exists_is_refused_before_the_weights_are_looked_for(

@@ -1,111 +1,185 @@
+"""What lies in a file, a folder or behind an index; test_weight_files.py is about what a file holds."""
+
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from npu_export.checkpoint import RANDOM_SEED_METADATA, WEIGHT_FILES, Checkpoint, open_checkpoint
+from npu_export.checkpoint import WEIGHT_FILES, Checkpoint, open_checkpoint, shard_names
 from npu_export.errors import CheckpointError
 from npu_export.weights import find_weights
 
 STATE = {"a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b.bias": torch.tensor([1.5, -2.0])}
-LFS_POINTER = (
-    "version https://git-lfs.github.com/spec/v1\n"
-    "oid sha256:eb1eebf6a5a17b6e4d8f0fd7d4d2d2f4bf4e9a34ea4c7d7a8a5b5cf0d5b3a1c2\n"
-    "size 346293852\n"
-)
+SHARDED = [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)]
+sharded = pytest.mark.parametrize(("name", "writer"), SHARDED, ids=["safetensors", "bin"])
 
-
-def save_zip(state: object, path: Path) -> None:
-    torch.save(state, path)
-
-
-def save_legacy(state: object, path: Path) -> None:
-    torch.save(state, path, _use_new_zipfile_serialization=False)
+Writer = Callable[[Mapping[str, torch.Tensor], Path], None]
 
 
 def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {name: checkpoint.read(name) for name in checkpoint.shapes}
+    with checkpoint.tensors() as read:
+        return {name: read(name) for name in checkpoint.shapes}
 
 
 def assert_holds_state(checkpoint: Checkpoint) -> None:
     assert dict(checkpoint.shapes) == {"a.weight": (2, 3), "b.bias": (2,)}
+    assert dict(checkpoint.dtypes) == {"a.weight": "float32", "b.bias": "float32"}
     assert all(torch.equal(tensor, STATE[name]) for name, tensor in read_all(checkpoint).items())
 
 
-@pytest.fixture(params=[save_file, save_zip, save_legacy])
-def save(request: pytest.FixtureRequest) -> Callable[[object, Path], None]:
-    writer: Callable[[object, Path], None] = request.param
-    return writer
+def write_index(path: Path, weight_map: object, **more: object) -> Path:
+    path.write_text(json.dumps({"metadata": {"total_size": 32}, "weight_map": weight_map, **more}))
+    return path
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "renamed.ckpt"])
-def test_a_file_is_read_by_its_content_whatever_its_name(
-    save: Callable[[object, Path], None], name: str, tmp_path: Path
-) -> None:
-    save(STATE, tmp_path / name)
-    checkpoint = open_checkpoint(tmp_path / name)
-    assert checkpoint.file == tmp_path / name
-    assert checkpoint.source == str(tmp_path / name)
+def shard(folder: Path, name: str, writer: Writer) -> Path:
+    """The state in two shards behind an index, which is returned."""
+    stem, suffix = name.rsplit(".", 1)
+    weight_map = {key: f"{stem}-{n}-of-2.{suffix}" for n, key in enumerate(STATE, start=1)}
+    for key, file in weight_map.items():
+        writer({key: STATE[key]}, folder / file)
+    return write_index(folder / f"{name}.index.json", weight_map)
+
+
+def test_a_file_is_its_own_checkpoint(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "renamed.ckpt")
+    checkpoint = open_checkpoint(tmp_path / "renamed.ckpt")
+    assert checkpoint.files == (tmp_path / "renamed.ckpt",)
+    assert checkpoint.source == str(tmp_path / "renamed.ckpt")
     assert checkpoint.random_seed is None
     assert_holds_state(checkpoint)
 
 
-@pytest.mark.parametrize("writer", [save_zip, save_legacy])
-def test_a_torch_file_that_calls_itself_safetensors_is_refused(
-    writer: Callable[[object, Path], None], tmp_path: Path
-) -> None:
-    writer(STATE, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="no whole"):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "writer"),
-    [("model.safetensors", save_file), ("pytorch_model.bin", save_zip), ("pytorch_model.bin", save_legacy)],
-)
-def test_a_folder_is_read_by_its_published_weights(
-    name: str, writer: Callable[[object, Path], None], tmp_path: Path
-) -> None:
+@sharded
+def test_a_folder_is_read_by_its_published_weights(name: str, writer: Writer, tmp_path: Path) -> None:
     writer(STATE, tmp_path / name)
+    writer({"other": torch.zeros(1)}, tmp_path / "optimizer.pt")
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.file == tmp_path / name
+    assert checkpoint.files == (tmp_path / name,)
     assert checkpoint.source == str(tmp_path)
     assert_holds_state(checkpoint)
 
 
 def test_safetensors_is_read_rather_than_a_pickle_beside_it(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors")
-    save_zip({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     assert_holds_state(open_checkpoint(tmp_path))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_floating_tensors_come_in_the_stored_dtype(
-    save: Callable[[object, Path], None], dtype: torch.dtype, tmp_path: Path
-) -> None:
-    save({"a": torch.ones(3, dtype=dtype)}, tmp_path / "weights")
-    assert open_checkpoint(tmp_path / "weights").read("a").dtype == dtype
+def test_a_whole_file_is_read_rather_than_shards_beside_it(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    write_index(tmp_path / "model.safetensors.index.json", {"a": "absent.safetensors"})
+    assert_holds_state(open_checkpoint(tmp_path))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.int8, torch.bool, torch.complex64])
-def test_tensors_of_other_dtypes_are_refused_by_name(
-    save: Callable[[object, Path], None], dtype: torch.dtype, tmp_path: Path
-) -> None:
-    save({"a": torch.ones(3), "b.steps": torch.ones(3).to(dtype)}, tmp_path / "weights")
-    with pytest.raises(CheckpointError, match="other dtypes") as raised:
-        open_checkpoint(tmp_path / "weights")
-    assert str(raised.value.got).startswith("b.steps ")
-    assert "float32, float16, bfloat16" in str(raised.value)
+@pytest.mark.parametrize("name", ["anything.safetensors", "PE-Lang.pt", "dinov2.pth", "weights.bin"])
+def test_the_only_weights_file_of_a_folder_is_read_whatever_its_name(name: str, tmp_path: Path) -> None:
+    (save_file if name.endswith(".safetensors") else torch.save)(STATE, tmp_path / name)
+    (tmp_path / "README.md").touch()
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.files == (tmp_path / name,)
+    assert_holds_state(checkpoint)
+
+
+def test_several_weights_files_of_other_names_are_refused_unless_one_is_the_encoders_own(tmp_path: Path) -> None:
+    for name in ("one.safetensors", "two.safetensors"):
+        save_file(STATE, tmp_path / name)
+    with pytest.raises(CheckpointError, match="several weights files") as raised:
+        open_checkpoint(tmp_path)
+    assert raised.value.got == "one.safetensors, two.safetensors"
+    assert "--weights" in str(raised.value.hint)
+    assert open_checkpoint(tmp_path, names=("absent.pt", "two.safetensors")).files == (tmp_path / "two.safetensors",)
+
+
+@sharded
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "index"])
+def test_shards_are_read_as_one_checkpoint(name: str, writer: Writer, whole: bool, tmp_path: Path) -> None:
+    index = shard(tmp_path, name, writer)
+    checkpoint = open_checkpoint(tmp_path if whole else index)
+    assert_holds_state(checkpoint)
+    shards = [tmp_path / file for file in shard_names(index)]
+    assert len(shards) == 2
+    assert checkpoint.files == (index, *shards)
+    with checkpoint.tensors() as read:
+        assert torch.equal(read("b.bias"), STATE["b.bias"])
+        assert torch.equal(read("a.weight"), STATE["a.weight"])
+
+
+@sharded
+def test_a_shard_that_is_missing_is_named(name: str, writer: Writer, tmp_path: Path) -> None:
+    index = shard(tmp_path, name, writer)
+    gone = shard_names(index)[1]
+    (tmp_path / gone).unlink()
+    with pytest.raises(CheckpointError, match="shards of the checkpoint are missing") as raised:
+        open_checkpoint(tmp_path)
+    assert raised.value.got == f"no {gone}"
+    assert raised.value.expected == "2 files beside the index"
+
+
+def test_a_shard_that_is_damaged_is_named(tmp_path: Path) -> None:
+    index = shard(tmp_path, "model.safetensors", save_file)
+    damaged = tmp_path / shard_names(index)[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="no whole safetensors") as raised:
+        open_checkpoint(tmp_path)
+    assert raised.value.where == str(damaged)
+
+
+@pytest.mark.parametrize(
+    ("held", "got"),
+    [
+        ([], "b.bias in two"),
+        (["c.bias"], "b.bias in two\nc.bias in two"),
+        (["b.bias", "c"], "c in two"),
+        (["b.bias", "a.weight"], "a.weight in two"),
+    ],
+)
+def test_an_index_that_disagrees_with_its_shards_is_refused_by_key(held: list[str], got: str, tmp_path: Path) -> None:
+    save_file({"a.weight": STATE["a.weight"]}, tmp_path / "one")
+    save_file({key: torch.ones(2) for key in held}, tmp_path / "two")
+    write_index(tmp_path / "model.safetensors.index.json", {"a.weight": "one", "b.bias": "two"})
+    with pytest.raises(CheckpointError, match="do not agree") as raised:
+        open_checkpoint(tmp_path)
+    assert raised.value.got == got
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "sub/model.safetensors", "/etc/passwd", "..", ".", ""])
+def test_an_index_that_names_files_outside_of_its_folder_is_refused(outside: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    for place in (tmp_path, folder / "sub"):
+        save_file(STATE, place / "model.safetensors")
+    write_index(folder / "model.safetensors.index.json", dict.fromkeys(STATE, outside))
+    with pytest.raises(CheckpointError, match="outside of its folder"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "one", {"a": 1}, {"a": ["one"]}])
+def test_an_index_that_names_no_shards_is_refused(weight_map: object, tmp_path: Path) -> None:
+    index = write_index(tmp_path / "model.safetensors.index.json", weight_map)
+    with pytest.raises(CheckpointError, match="names no shards"):
+        open_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "cannot be read"), ("[]", "no JSON object"), ("{}", "names no")]
+)
+def test_an_index_that_is_no_index_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_an_empty_index_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the index is empty"):
+        open_checkpoint(write_index(tmp_path / "model.safetensors.index.json", {}))
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
@@ -116,7 +190,12 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("present", "got"), [([], "an empty folder"), (["a.txt", "tf_model.h5"], "a.txt, tf_model.h5")]
+    ("present", "got"),
+    [
+        ([], "an empty folder"),
+        (["a.txt", "tf_model.h5"], "a.txt, tf_model.h5"),
+        ([f"{n}.txt" for n in range(9)], "0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, 6.txt, 7.txt, …"),
+    ],
 )
 def test_a_folder_without_weights_is_refused_and_what_is_there_is_said(
     present: list[str], got: str, tmp_path: Path
@@ -142,128 +221,6 @@ def test_a_file_without_permission_cannot_be_read(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", WEIGHT_FILES)
-def test_a_git_lfs_pointer_is_named_as_one(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(LFS_POINTER)
-    with pytest.raises(CheckpointError, match="git-LFS pointer") as raised:
-        open_checkpoint(tmp_path)
-    assert "git lfs pull" in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\x00", b"weights", b"<!doctype html><html></html>", b"\x80\x02", b"PK\x03\x04"]
-)
-def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="the file is no whole") as raised:
-        open_checkpoint(tmp_path)
-    assert f"{len(content)} bytes" in str(raised.value.got)
-
-
-@pytest.mark.parametrize("share", [0, 0.01, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_refused(save: Callable[[object, Path], None], share: float, tmp_path: Path) -> None:
-    state = {f"layer.{i}.weight": torch.full((16, 16), float(i)) for i in range(8)}
-    save(state, tmp_path / "weights")
-    whole = (tmp_path / "weights").read_bytes()
-    assert len(open_checkpoint(tmp_path / "weights").shapes) == len(state)
-    (tmp_path / "weights").write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(CheckpointError):
-        open_checkpoint(tmp_path / "weights")
-
-
-def test_a_file_one_byte_short_is_refused(save: Callable[[object, Path], None], tmp_path: Path) -> None:
-    save(STATE, tmp_path / "weights")
-    whole = (tmp_path / "weights").read_bytes()
-    (tmp_path / "weights").write_bytes(whole[:-1])
-    with pytest.raises(CheckpointError):
-        open_checkpoint(tmp_path / "weights")
-
-
-class MarkerOnLoad:
-    """Creates a file when it is unpickled by a loader that runs code."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (os.mkdir, (str(self.marker),))
-
-
-@pytest.mark.parametrize("writer", [save_zip, save_legacy])
-def test_a_pickle_that_needs_code_is_refused_and_the_code_does_not_run(
-    writer: Callable[[object, Path], None], tmp_path: Path
-) -> None:
-    marker = tmp_path / "marker"
-    writer({**STATE, "x": MarkerOnLoad(marker)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="needs code") as raised:
-        open_checkpoint(tmp_path)
-    assert not marker.exists()
-    assert "safetensors" in str(raised.value.hint)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_plain_pickle_is_refused_and_its_code_does_not_run(protocol: int, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(MarkerOnLoad(marker), protocol))
-    with pytest.raises(CheckpointError):
-        open_checkpoint(tmp_path)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [torch.ones(1)],
-        torch.ones(1),
-        {"state_dict": STATE},
-        {"model": STATE, "epoch": 3},
-        {0: torch.ones(1)},
-        {"a": torch.ones(1), "b": None},
-    ],
-)
-@pytest.mark.parametrize("writer", [save_zip, save_legacy])
-def test_what_is_no_flat_state_dict_is_refused(
-    writer: Callable[[object, Path], None], content: object, tmp_path: Path
-) -> None:
-    writer(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="no flat state dict") as raised:
-        open_checkpoint(tmp_path)
-    if isinstance(content, dict):
-        assert ", ".join(map(repr, content)) in str(raised.value.got)
-
-
-@pytest.mark.parametrize("writer", [np.savez, np.savez_compressed])
-def test_an_npz_is_named_as_one(writer: Callable[..., None], tmp_path: Path) -> None:
-    writer(tmp_path / "weights.npz", **{"Transformer/encoder_norm/bias": np.ones(3, np.float32)})
-    with pytest.raises(CheckpointError, match=r"numpy archive \(\.npz\)"):
-        open_checkpoint(tmp_path / "weights.npz")
-
-
-def test_another_zip_file_is_refused(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "weights", "w") as archive:
-        archive.writestr("readme.txt", "no weights")
-    with pytest.raises(CheckpointError, match="no whole torch file"):
-        open_checkpoint(tmp_path / "weights")
-
-
-def test_a_damaged_file_is_read_or_refused_and_nothing_else(
-    save: Callable[[object, Path], None], tmp_path: Path
-) -> None:
-    save(STATE, tmp_path / "weights")
-    whole = (tmp_path / "weights").read_bytes()
-    outcomes = []
-    for seed in range(60):
-        damaged = bytearray(whole)
-        for place in np.random.default_rng(seed).integers(0, len(whole), 4):
-            damaged[place] ^= 0xFF
-        (tmp_path / "damaged").write_bytes(damaged)
-        try:
-            outcomes.append(isinstance(open_checkpoint(tmp_path / "damaged"), Checkpoint))
-        except CheckpointError:
-            outcomes.append(False)
-    assert False in outcomes
-
-
 def test_settings_beside_published_weights_are_read(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors")
     assert open_checkpoint(tmp_path).config is None
@@ -275,10 +232,23 @@ def test_settings_beside_published_weights_are_read(tmp_path: Path) -> None:
         assert open_checkpoint(path).preprocessor == {"size": 32}
 
 
-def test_settings_beside_a_file_of_another_name_are_not_its_own(tmp_path: Path) -> None:
+@sharded
+def test_settings_beside_an_index_are_read(name: str, writer: Writer, tmp_path: Path) -> None:
+    index = shard(tmp_path, name, writer)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    assert open_checkpoint(tmp_path).config == open_checkpoint(index).config == {"hidden_size": 64}
+
+
+def test_settings_in_a_folder_belong_to_the_weights_it_holds_and_not_to_a_file_that_was_named_alone(
+    tmp_path: Path,
+) -> None:
     save_file(STATE, tmp_path / "mine.safetensors")
-    (tmp_path / "config.json").write_text("not even JSON")
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    assert open_checkpoint(tmp_path).config == {"hidden_size": 64}
     assert open_checkpoint(tmp_path / "mine.safetensors").config is None
+    assert open_checkpoint(tmp_path / "mine.safetensors", names=("mine.safetensors",)).config == {"hidden_size": 64}
+    (tmp_path / "config.json").write_text("not even JSON")
+    assert_holds_state(open_checkpoint(tmp_path / "mine.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
@@ -300,50 +270,13 @@ def test_settings_that_are_no_json_object_are_refused(name: str, content: bytes,
     assert raised.value.where == str(tmp_path / name)
 
 
-def test_opening_reads_no_tensor_of_a_safetensors_file(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    save_file(STATE, file)
-    checkpoint = open_checkpoint(file)
-    changed = {**STATE, "b.bias": torch.tensor([7.0, 8.0])}
-    save_file(changed, tmp_path / "changed")
-    with file.open("r+b") as opened:
-        opened.write((tmp_path / "changed").read_bytes())
-    assert torch.equal(checkpoint.read("b.bias"), changed["b.bias"])
-
-
-def test_opening_maps_a_zip_file_and_copies_no_tensor(tmp_path: Path) -> None:
-    file = tmp_path / "pytorch_model.bin"
-    save_zip(STATE, file)
-    checkpoint = open_checkpoint(file)
-    data = file.read_bytes()
-    stored = STATE["b.bias"].numpy().tobytes()
-    assert data.count(stored) == 1
-    with file.open("r+b") as opened:
-        opened.seek(data.index(stored))
-        opened.write(torch.tensor([7.0, 8.0]).numpy().tobytes())
-    assert torch.equal(checkpoint.read("b.bias"), torch.tensor([7.0, 8.0]))
-
-
 def test_every_format_gives_the_same_tensors(tiny_checkpoint: Path, tmp_path: Path) -> None:
     state = load_file(tiny_checkpoint / "model.safetensors")
-    save_zip(state, tmp_path / "zip.bin")
-    save_legacy(state, tmp_path / "legacy.bin")
-    expected = read_all(find_weights(tiny.TINY, "random:0"))
+    torch.save(state, tmp_path / "zip.bin")
+    torch.save(state, tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
+    seeded = find_weights(tiny.TINY, "random:0")
+    expected = {f"vit.{name}": tensor for name, tensor in read_all(seeded).items()}
     for path in (tiny_checkpoint, tmp_path / "zip.bin", tmp_path / "legacy.bin"):
         tensors = read_all(open_checkpoint(path))
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-
-
-def test_a_file_of_random_weights_says_its_seed(tmp_path: Path) -> None:
-    save_file(STATE, tmp_path / "seeded", metadata={RANDOM_SEED_METADATA: "7"})
-    save_file(STATE, tmp_path / "published", metadata={"format": "pt"})
-    assert open_checkpoint(tmp_path / "seeded").random_seed == 7
-    assert open_checkpoint(tmp_path / "published").random_seed is None
-
-
-@pytest.mark.parametrize("seed", ["", "seven", "-1", "1.5", "٣"])
-def test_a_file_whose_seed_is_no_number_is_refused(seed: str, tmp_path: Path) -> None:
-    save_file(STATE, tmp_path / "seeded", metadata={RANDOM_SEED_METADATA: seed})
-    with pytest.raises(CheckpointError, match="gives no seed"):
-        open_checkpoint(tmp_path / "seeded")

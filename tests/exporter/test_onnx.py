@@ -25,6 +25,7 @@ from npu_export.onnx import (
     graph_file,
     write_graph,
 )
+from npu_export.precision import in_precision
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.errors import Error
@@ -77,6 +78,19 @@ def test_a_graph_has_one_opset_fixed_shapes_and_the_names_of_its_outputs(frozen:
     }
     assert signature == {spec.name: (onnx.TensorProto.FLOAT, list(spec.of_batch(batch))) for spec in (INPUT, *OUTPUTS)}
     assert len(model.functions) == 0
+
+
+def test_a_graph_of_half_precision_has_float32_inputs_and_outputs_and_half_the_weights(
+    frozen: Path, tmp_path: Path
+) -> None:
+    network = load_network(plan_weights(tiny.TINY, find_weights(tiny.TINY, "random:0")))
+    half = in_precision(tiny.TINY.with_outputs(network), "fp16")
+    graph = read(freeze(half, (1,), tmp_path), 1).graph
+    assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
+    weights = {tensor.data_type for tensor in graph.initializer if tensor.external_data}
+    assert weights == {onnx.TensorProto.FLOAT16}
+    full = sum(nbytes for _, nbytes in external(read(frozen, 1)).values())
+    assert 0.45 * full < sum(nbytes for _, nbytes in external(read(tmp_path, 1)).values()) < 0.51 * full
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import load_network, plan_weights, state_sha256
 from npu_export.random_weights import seeded_tensor
 from npu_export.weights import find_weights
@@ -49,6 +50,16 @@ def test_another_name_or_seed_gives_other_values() -> None:
         ("cls_token", (1, 1, 4096), 0.0, 0.1),
         ("fc.weight", (64, 256), 0.0, 1 / 16),
         ("conv.weight", (64, 3, 16, 16), 0.0, 768**-0.5),
+        ("attn.in_proj_weight", (192, 64), 0.0, 1 / 8),
+        ("attn.in_proj_bias", (4096,), 0.0, 0.1),
+        ("stages.0.blocks.1.gamma", (4096,), 0.25, 0.1),
+        ("blocks.0.gamma_2", (4096,), 0.25, 0.1),
+        ("layer_scale1.lambda1", (4096,), 0.25, 0.1),
+        ("Transformer/encoder_norm/scale", (4096,), 1.0, 0.1),
+        ("embedding/kernel", (16, 16, 3, 64), 0.0, 768**-0.5),
+        ("MlpBlock_3/Dense_0/kernel", (64, 256), 0.0, 1 / 8),
+        ("MultiHeadDotProductAttention_1/key/kernel", (64, 4, 16), 0.0, 1 / 8),
+        ("MultiHeadDotProductAttention_1/out/kernel", (4, 16, 64), 0.0, 1 / 8),
     ],
 )
 def test_no_seeded_tensor_hides_a_wrong_remap(name: str, shape: tuple[int, ...], mean: float, deviation: float) -> None:
@@ -72,9 +83,31 @@ def test_random_weights_say_their_seed() -> None:
     checkpoint = find_weights(tiny.TINY, "random:007")
     assert checkpoint.source == "random:7"
     assert checkpoint.random_seed == 7
-    assert checkpoint.file is None
-    name = "vit.layernorm.weight"
+    assert checkpoint.files == ()
+    name = "layernorm.weight"
     assert torch.equal(checkpoint.read(name), torch.from_numpy(seeded_tensor(name, (64,), 7)))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layout"),
+    [(encoder, layout) for encoder in tiny.FAMILIES for layout in encoder.layout_names()],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_random_weights_have_the_keys_of_the_layout_that_is_asked_for(encoder: EncoderSpec, layout: str) -> None:
+    checkpoint = find_weights(encoder, "random:2", layout)
+    plan = plan_weights(encoder, checkpoint)
+    assert (plan.layout.name, plan.prefix, plan.keymap.dropped) == (layout, "", {})
+    assert set(plan.keymap.sources()) == set(checkpoint.shapes)
+    first = encoder.layout_names()[0]
+    assert (set(find_weights(encoder, "random:2").shapes) == set(checkpoint.shapes)) == (layout == first)
+    for name, shape in checkpoint.shapes.items():
+        assert checkpoint.read(name).shape == shape
+
+
+def test_random_weights_of_a_layout_that_does_not_exist_are_refused() -> None:
+    with pytest.raises(UsageError, match="unknown layout 'meta' of tiny-vit") as raised:
+        find_weights(tiny.TINY, "random:0", "meta")
+    assert raised.value.expected == "auto, hf, timm, jax"
 
 
 @pytest.mark.parametrize("seed", ["", "-1", "1.5", "x", "1e3", "0x1", " 1", "٣", "1\n", "9" * 19])

@@ -13,13 +13,15 @@ from torch import nn
 
 import npu_export
 from npu_export.network import load_network, plan_weights
+from npu_export.precision import in_precision
 from npu_export.torchscript import empty_constants, entry_point, nodes_of, trace_frozen, write_torchscript
 from npu_export.weights import find_weights
+from npu_runtime.artifact.schema import Precision
 from npu_runtime.errors import Error
 from npu_runtime.torch_interop import without_jit_deprecation
 
 BATCHES = (2, 1, 4)
-WEIGHTS_NBYTES = 4 * tiny.TINY.parameters
+WEIGHTS_NBYTES = 4 * tiny.TINY.published.parameters
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,19 @@ def test_each_entry_point_gives_what_eager_gives_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_program_of_half_precision_is_half_as_large_and_gives_what_eager_gives_in_float32(
+    precision: Precision, tmp_path: Path
+) -> None:
+    network = load_network(plan_weights(tiny.TINY, find_weights(tiny.TINY, "random:0")))
+    half = in_precision(tiny.TINY.with_outputs(network), precision)
+    write_torchscript(trace_frozen(half, tiny.TINY.inputs[0], (2,)), tmp_path / "model.ts", WEIGHTS_NBYTES // 2)
+    with torch.inference_mode():
+        expected, got = half(images(2)), load(tmp_path / "model.ts").b2(images(2))
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(got, expected))
+    assert WEIGHTS_NBYTES // 2 <= stored_constants(tmp_path / "model.ts") < WEIGHTS_NBYTES * 0.51
+
+
 def test_forward_is_the_first_batch_size(file: Path) -> None:
     loaded, pixel_values = load(file), images(BATCHES[0])
     with torch.inference_mode():
@@ -81,10 +96,14 @@ def test_a_program_has_an_entry_point_for_each_batch_size_and_no_other(file: Pat
     assert methods == {"forward", *(entry_point(batch) for batch in BATCHES)}
 
 
-def test_the_weights_are_in_the_file_once(file: Path) -> None:
+def stored_constants(file: Path) -> int:
+    """Bytes of the tensors in a file."""
     with zipfile.ZipFile(file) as archive:
-        constants = sum(info.file_size for info in archive.infolist() if "/constants/" in info.filename)
-    assert WEIGHTS_NBYTES <= constants < WEIGHTS_NBYTES * 1.01
+        return sum(info.file_size for info in archive.infolist() if "/constants/" in info.filename)
+
+
+def test_the_weights_are_in_the_file_once(file: Path) -> None:
+    assert WEIGHTS_NBYTES <= stored_constants(file) < WEIGHTS_NBYTES * 1.01
 
 
 def test_a_program_has_no_parameters_left_to_move_or_train(program: torch.jit.ScriptModule) -> None:

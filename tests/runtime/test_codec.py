@@ -33,6 +33,7 @@ COUNT = st.integers(0, 2**63)
 SIZE = st.integers(1, 4096)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 HASH = st.text("0123456789abcdef", min_size=64, max_size=64)
+MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
 FILE_NAME = st.from_regex(r"[a-zä ]{1,6}(/[a-z]{1,3})?(\.[a-z]{1,4})?", fullmatch=True)
 
 
@@ -65,22 +66,24 @@ def manifests(draw: st.DrawFn) -> Manifest:
         Weights,
         TEXT,
         TEXT,
+        TEXT,
         st.lists(st.builds(SourceFile, TEXT, COUNT, HASH), max_size=2).map(tuple),
         st.none() | COUNT,
         HASH,
         st.builds(Coverage, COUNT, COUNT, COUNT, COUNT),
     )
+    size = draw(st.tuples(SIZE, SIZE))
     return Manifest(
         encoder=draw(TEXT),
-        precision="fp32",
+        precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         inputs=tuple(draw(st.lists(specs, min_size=1, max_size=2))),
         outputs=tuple(outputs),
         programs=tuple(draw(st.lists(programs, min_size=1, max_size=3))),
         files=tuple(files),
         reference=Reference(draw(names), tuple(draw(st.lists(COUNT, min_size=1, max_size=3)))),
         preprocessing=Preprocessing(
-            draw(st.tuples(SIZE, SIZE)),
-            "squash",
+            size,
+            draw(st.none() | st.integers(max(size), 2 * max(size))),
             draw(st.sampled_from(["bilinear", "bicubic"])),
             draw(st.tuples(NUMBER, NUMBER, NUMBER)),
             draw(st.tuples(positive, positive, positive)),
@@ -140,6 +143,22 @@ def test_a_manifest_from_an_older_major_is_refused(document: dict[str, Any]) -> 
     assert caught.value.hint == "export it again"
 
 
+def test_every_manifest_of_an_older_major_is_refused_with_what_to_do() -> None:
+    files = sorted(MANIFESTS.glob("*.json"))
+    assert [file.stem for file in files] == [f"{major}.0" for major in range(1, SCHEMA_MAJOR)]
+    for file in files:
+        with pytest.raises(ArtifactError, match="another major schema version") as caught:
+            decode_manifest(file.read_text("utf-8"), str(file))
+        assert (caught.value.expected, caught.value.got) == (f"schema {SCHEMA_MAJOR}.x", f"schema {file.stem}")
+        assert caught.value.hint == "export it again"
+
+
+def test_a_manifest_of_schema_1_that_calls_itself_2_is_refused() -> None:
+    old = json.loads((MANIFESTS / "1.0.json").read_text("utf-8"))
+    with pytest.raises(ArtifactError, match="wrong fields"):
+        decode({**old, "schema": "2.0"})
+
+
 def test_a_newer_minor_is_read_and_what_it_adds_is_ignored(document: dict[str, Any]) -> None:
     expected = decode(document)
     document["schema"] = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR + 1}"
@@ -180,7 +199,7 @@ def test_a_missing_field_is_refused(document: dict[str, Any], path: tuple[str | 
     [
         ((), "encoder", 3),
         ((), "encoder", None),
-        ((), "precision", "fp16"),
+        ((), "precision", "fp64"),
         ((), "programs", {}),
         (("programs", 0), "batch", "1"),
         (("programs", 0), "batch", 1.0),
@@ -195,6 +214,10 @@ def test_a_missing_field_is_refused(document: dict[str, Any], path: tuple[str | 
         (("preprocessing",), "mean", [0.5, 0.5]),
         (("preprocessing",), "std", [0.5, 0.5, True]),
         (("preprocessing",), "interpolation", "lanczos"),
+        (("preprocessing",), "shortest_edge", "32"),
+        (("preprocessing",), "shortest_edge", 32.0),
+        (("preprocessing",), "shortest_edge", True),
+        (("provenance", "weights"), "prefix", None),
         (("tolerances", 0), "limit", "1e-5"),
         (("tolerances", 0), "metric", "min_cosine"),
         (("provenance",), "versions", ["torch"]),
@@ -289,6 +312,9 @@ def test_a_manifest_without_programs_inputs_or_outputs_is_refused(document: dict
         (("outputs", 0), "shape", ["B", "B"]),
         (("outputs", 1), "shape", ["B", -17, 64]),
         (("preprocessing",), "size", [32, 0]),
+        (("preprocessing",), "shortest_edge", 31),
+        (("preprocessing",), "shortest_edge", 0),
+        (("preprocessing",), "shortest_edge", -32),
         (("preprocessing",), "std", [0.5, 0.0, 0.5]),
         (("reference",), "seeds", []),
     ],
@@ -299,6 +325,18 @@ def test_a_value_that_no_artifact_has_is_refused(
     at(document, *path)[field] = value
     with pytest.raises(ArtifactError, match="values that no artifact has"):
         decode(document)
+
+
+@pytest.mark.parametrize("size", [[32, 48], [48, 32]])
+def test_a_shortest_edge_is_at_least_the_longer_side_of_what_is_cut_out(
+    document: dict[str, Any], size: list[int]
+) -> None:
+    document["preprocessing"].update(size=size, shortest_edge=48)
+    assert decode(document).preprocessing.shortest_edge == 48
+    document["preprocessing"]["shortest_edge"] = 47
+    with pytest.raises(ArtifactError, match="values that no artifact has") as caught:
+        decode(document)
+    assert caught.value.got == "shortest edge 47"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema": "1.0"', "\ufeff{}", "1" * 5000])

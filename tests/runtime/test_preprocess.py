@@ -18,7 +18,7 @@ from npu_runtime.preprocess import preprocess, read_images
 Array = npt.NDArray[np.float32]
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data" / "photographs").glob("*.jpg"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RAW = Preprocessing((32, 32), "squash", "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "test")
+RAW = Preprocessing((32, 32), None, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "test")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_pixels_are_those_of_hugging_faces_processor(
         size={"height": 224, "width": 192}, resample=resample, image_mean=list(MEAN), image_std=list(STD)
     )
     theirs = processor(opened, return_tensors="np")["pixel_values"][0]
-    ours = preprocess(opened, Preprocessing((224, 192), "squash", interpolation, MEAN, STD, "test"))
+    ours = preprocess(opened, Preprocessing((224, 192), None, interpolation, MEAN, STD, "test"))
     assert ours.shape == theirs.shape == (3, 224, 192)
     levels = np.abs(ours - theirs) * np.array(STD, np.float32).reshape(3, 1, 1) * 255
     assert levels.max() < 1e-3
