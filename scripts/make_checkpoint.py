@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from npu_export.checkpoint import RANDOM_SEED_METADATA
 from npu_export.random_weights import seeded_tensor
+from npu_export.weight_files import RANDOM_SEED_METADATA
 
 
 def read_layout(path: Path) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -64,6 +65,7 @@ def plan_weights(
     allows positions of another image size. Raises CheckpointError with every fault, folded by layer, where
     no layout does, where several do, or where the checkpoint's config.json describes another network.
     """
+    _check_prefix(prefix, checkpoint)
     target = network_shapes(encoder.layouts[0])
     found = candidates(layouts_named(encoder, layout), checkpoint.shapes, target, prefix=prefix, resample=resample)
     complete = [candidate for candidate in found if candidate.keymap.complete]
@@ -229,6 +231,19 @@ def _filled(candidate: Candidate, target: Shapes) -> float:
     """The fraction of the network's tensors that the candidate fills."""
     keymap = candidate.keymap
     return (sum(len(move.targets) for move in keymap.moves) - len(keymap.mismatched)) / len(target)
+
+
+def _check_prefix(prefix: str | None, checkpoint: Checkpoint) -> None:
+    if prefix is not None and ("{" in prefix or "}" in prefix):
+        raise UsageError("a prefix has no braces", got=prefix)
+    if prefix is not None and not any(key.startswith(prefix) for key in checkpoint.shapes):
+        starts = dict.fromkeys(re.split(r"(?<=[./])", key)[0] for key in checkpoint.shapes)
+        raise CheckpointError(
+            f"no key of the checkpoint starts with {prefix!r}",
+            where=checkpoint.source,
+            expected="the start of some keys, such as visual. or model_ema/",
+            got=f"keys that start with {', '.join(list(starts)[:8])}{', …' if len(starts) > 8 else ''}",
+        )
 
 
 def _check_dtypes(plan: WeightsPlan) -> None:

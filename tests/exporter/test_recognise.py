@@ -15,6 +15,7 @@ from npu_export.encoders.spec import EncoderSpec
 from npu_export.errors import CheckpointError
 from npu_export.keymap import read_mapped
 from npu_export.network import WeightsPlan, plan_weights
+from npu_runtime.errors import UsageError
 
 FULL_SIZE = tuple(encoder for encoder in ENCODERS if encoder not in tiny.FAMILIES)
 CONTAINERS = ("state_dict/", "model/", "weights/", "ema/", "model_ema/")
@@ -101,6 +102,15 @@ def test_a_bare_network_beside_a_prefixed_one_is_refused_and_each_can_be_chosen(
     assert "more than once" in refused(tiny.TINY_DINOV2, both).what
     for prefix, expected in (("", state), ("module.", other)):
         assert_same(mapped(plan_weights(tiny.TINY_DINOV2, of_state(both), prefix=prefix)), expected)
+
+
+def test_a_prefix_that_no_key_has_is_refused_with_those_that_there_are() -> None:
+    both = {**under("model/", hub_state(tiny.TINY_DINOV2)), **under("visual.", hub_state(tiny.TINY_DINOV2))}
+    with pytest.raises(CheckpointError, match=r"no key of the checkpoint starts with 'vision\.'") as raised:
+        plan_weights(tiny.TINY_DINOV2, of_state(both), prefix="vision.")
+    assert raised.value.got == "keys that start with model/, visual."
+    with pytest.raises(UsageError, match="no braces"):
+        plan_weights(tiny.TINY_DINOV2, of_state(both), prefix="{i}.")
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
