@@ -61,7 +61,7 @@ def test_the_table_has_a_row_for_each_backend_and_batch_and_a_dash_where_nothing
     rows = [line.split() for line in result.out.splitlines()[3:]]
     assert [row[:2] for row in rows] == [["eager", "4"], ["torchscript", "4"], ["onnxruntime", "4"]]
     assert all(row[3:5] == ["-", "-"] and row[-1] == "x" for row in rows)
-    assert [line.split("  ")[0] for line in result.err.splitlines()] == [
+    assert [line.split("  ")[0] for line in result.err.splitlines() if line] == [
         "✓ open eager",
         "✓ open torchscript",
         "✓ open onnxruntime",

@@ -71,7 +71,8 @@ def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have this process's huggingface_hub ask there; it reads HF_ENDPOINT only when it is imported."""
     template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in ("constants", "file_download"):  # huggingface_hub below 1.0 keeps a second name
+        monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 def fetch(repository: str = REPOSITORY, revision: str | None = None, **named: Any) -> Checkpoint:
@@ -144,7 +145,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(hub: Hub, in_process: list[flo
 def test_a_proxy_that_does_not_answer_is_named(
     hub: Hub, in_process: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import close_session
+    try:
+        from huggingface_hub import close_session
+    except ImportError:  # below 1.0
+        from huggingface_hub.utils import reset_sessions as close_session
 
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, hub.endpoint)
