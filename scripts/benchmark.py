@@ -25,7 +25,7 @@ from npu_runtime import Encoder, load
 from npu_runtime.environment import describe_environment
 
 HERE = Path(__file__).resolve().parent
-LAYOUT = HERE.parent / "tests/data/layouts/vit.hf.tsv"
+LAYOUT_FOLDER = HERE.parent / "tests/data/layouts"
 FIRST_ONNX = """
 import sys, numpy, npu_runtime
 npu_runtime.load(sys.argv[1])(numpy.zeros((1, 3, 224, 224), numpy.float32))
@@ -103,10 +103,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="where the record is written")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each comparison")
-    parser.add_argument("--encoders", action="store_true", help="all five encoders instead of vit-base in depth")
+    parser.add_argument(
+        "--encoders",
+        nargs="*",
+        choices=LAYOUTS,
+        metavar="NAME",
+        help="these, or all five, instead of vit-base in depth",
+    )
     arguments = parser.parse_args()
     rows: list[Row] = []
-    for measured in measure_encoders(arguments.rounds) if arguments.encoders else measure_vit_base(arguments.rounds):
+    by_encoder = arguments.encoders is not None
+    names = arguments.encoders or list(LAYOUTS)
+    for measured in measure_encoders(names, arguments.rounds) if by_encoder else measure_vit_base(arguments.rounds):
         rows.append(measured)
         what, ours, other = measured.what, measured.ours, measured.other
         print(
@@ -127,23 +135,34 @@ def measure_vit_base(rounds: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         checkpoint, artifact = work / "checkpoint", work / "artifact"
-        run([sys.executable, str(HERE / "make_checkpoint.py"), str(LAYOUT), str(checkpoint)])
+        run(
+            [
+                sys.executable,
+                str(HERE / "make_checkpoint.py"),
+                str(LAYOUT_FOLDER / LAYOUTS["vit-base"]),
+                str(checkpoint),
+            ]
+        )
         yield from compare_exports(checkpoint, artifact, work)
         yield from compare_processes(checkpoint, artifact, rounds)
         yield from compare_calls(checkpoint, artifact, work, rounds, batches=(1, 4))
 
 
-def measure_encoders(rounds: int) -> Iterator[Row]:
+def measure_encoders(names: Sequence[str], rounds: int) -> Iterator[Row]:
     """Of each encoder: building, one export against torch's two exporters by hand, and calls at batch 1."""
-    for encoder, layout in LAYOUTS.items():
+    for encoder in names:
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             checkpoint, artifact = work / "checkpoint", work / "artifact"
-            run([sys.executable, str(HERE / "make_checkpoint.py"), str(LAYOUT.with_name(layout)), str(checkpoint)])
+            make_checkpoint(encoder, checkpoint)
             yield compare_builds(encoder)
             yield from compare_with_hand(encoder, checkpoint, artifact, work)
             for row in compare_calls(checkpoint, artifact, work, rounds, batches=(1,)):
                 yield replace(row, what=f"{encoder}: {row.what}")
+
+
+def make_checkpoint(encoder: str, folder: Path) -> None:
+    run([sys.executable, str(HERE / "make_checkpoint.py"), str(LAYOUT_FOLDER / LAYOUTS[encoder]), str(folder)])
 
 
 def compare_builds(encoder: str) -> Row:

@@ -118,8 +118,18 @@ def load_network(plan: WeightsPlan) -> nn.Module:
     state: dict[str, torch.Tensor] = {}
     nonfinite: dict[str, str] = {}
     with plan.checkpoint.tensors() as read:
-        for name, tensor in read_mapped(plan.keymap, lambda key: read(key).to(torch.float32)):
-            state[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        stored: set[int] = set()
+
+        def read_fp32(key: str) -> torch.Tensor:
+            tensor = read(key)
+            stored.add(tensor.untyped_storage().data_ptr())
+            return tensor.to(torch.float32)
+
+        for name, tensor in read_mapped(plan.keymap, read_fp32):
+            # What an operation made is kept as it is: a copy more of each would leave holes in the heap.
+            storage = tensor.untyped_storage()
+            own = storage.data_ptr() not in stored and storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
+            state[name] = tensor if own else tensor.clone(memory_format=torch.contiguous_format)
             if not tensor.isfinite().all():
                 nonfinite[name] = str(list(tensor.shape))
     if nonfinite:

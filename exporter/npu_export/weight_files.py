@@ -87,8 +87,14 @@ def _open_safetensors(file: Path) -> WeightsFile:
 
 @contextmanager
 def _read_safetensors(file: Path) -> Iterator[Read]:
-    with _safetensors(file) as opened:
-        yield opened.get_tensor
+    """Each tensor through a mapping of its own: the pages of one mapping count as memory until it ends."""
+
+    def read(key: str) -> torch.Tensor:
+        with _safetensors(file) as opened:
+            tensor: torch.Tensor = opened.get_tensor(key)
+        return tensor
+
+    yield read
 
 
 def _safetensors(file: Path) -> safe_open:
