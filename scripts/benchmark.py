@@ -181,7 +181,7 @@ def compare_with_hand(encoder: str, checkpoint: Path, artifact: Path, work: Path
     """One export of both formats against torch.jit.trace and torch.onnx.export, and its memory against the weights."""
     seconds = []
     hand = [sys.executable, "-c", EXPORT_BY_HAND, encoder, str(checkpoint), str(work)]
-    ours = ["npu-export", "--model", encoder, "--weights", str(checkpoint), "--output", str(artifact)]
+    ours = [installed("npu-export"), "--model", encoder, "--weights", str(checkpoint), "--output", str(artifact)]
     peaks_mb = []
     for command in (ours, hand):
         start = time.perf_counter()
@@ -204,7 +204,7 @@ def compare_with_hand(encoder: str, checkpoint: Path, artifact: Path, work: Path
 
 def compare_exports(checkpoint: Path, artifact: Path, work: Path) -> list[Row]:
     """Peak memory of an export, and disk for weights of four batch sizes against one."""
-    command = ["npu-export", "--model", "vit-base", "--weights", str(checkpoint)]
+    command = [installed("npu-export"), "--model", "vit-base", "--weights", str(checkpoint)]
     peak_mb = run([*command, "--batch", "1,4", "--output", str(artifact)])
     weights_mb = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6
     run([*command, "--format", "onnx", "--batch", "1,2,4,8", "--output", str(work / "four")])
@@ -300,6 +300,11 @@ def interleave(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[
             if index:
                 samples[which].append(1000 * (time.perf_counter() - start))
     return samples
+
+
+def installed(name: str) -> str:
+    """A command of this project in the environment of the running Python."""
+    return str(Path(sys.executable).with_name(name))
 
 
 def run(command: Sequence[str]) -> float:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark import run
+from benchmark import installed, run
 
 from npu_runtime.environment import describe_environment
 
@@ -72,11 +72,13 @@ def export(encoder: str, layout: str, keys: Path, work: Path) -> dict[str, Any]:
     checkpoint, artifact = work / "checkpoint", work / "artifact"
     run([sys.executable, str(HERE / "make_checkpoint.py"), str(keys), str(checkpoint)])
     start = time.monotonic()
-    peak_mb = run([command("npu-export"), "--model", encoder, "--weights", str(checkpoint), "--output", str(artifact)])
+    peak_mb = run(
+        [installed("npu-export"), "--model", encoder, "--weights", str(checkpoint), "--output", str(artifact)]
+    )
     seconds = time.monotonic() - start
     verified = json.loads(
         subprocess.run(
-            [command("npu-runtime"), "verify", str(artifact), "--json"], check=True, capture_output=True, text=True
+            [installed("npu-runtime"), "verify", str(artifact), "--json"], check=True, capture_output=True, text=True
         ).stdout
     )
     manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
@@ -96,11 +98,6 @@ def export(encoder: str, layout: str, keys: Path, work: Path) -> dict[str, Any]:
         "seconds": seconds,
         "peak_mb": peak_mb,
     }
-
-
-def command(name: str) -> str:
-    """A command of this project in the environment of the running Python."""
-    return str(Path(sys.executable).with_name(name))
 
 
 def spell(row: dict[str, Any]) -> list[str]:

@@ -146,7 +146,7 @@ def test_buffers_that_the_network_computes_are_those_of_a_normal_build_bit_for_b
     (found,) = (known for known in encoder.layouts if known.name == layout.name)
     computed = dict(loaded(encoder, layout.name).named_buffers())
     normal = dict(found.build().named_buffers())
-    assert set(computed) == set(normal) == {"rope.bands", "rope.pos_embed"}
+    assert set(computed) == set(normal) >= {"rope.pos_embed"}  # newer timms keep the frequencies too
     assert all(torch.equal(computed[name], tensor) for name, tensor in normal.items())
     with torch.device("meta"):  # the way that would leave them empty
         assert all(buffer.is_meta for buffer in found.build().buffers())

@@ -100,7 +100,7 @@ def test_random_weights_are_recorded_as_such(tmp_path: Path) -> None:
 
 def test_versions_of_the_tools_are_recorded(tiny_artifact: Path) -> None:
     versions = open_artifact(tiny_artifact).manifest.provenance.versions
-    assert versions["torch"] == torch.__version__
+    assert versions["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert versions["numpy"] == np.__version__
     assert {"npu-export", "python", "timm", "onnx", "onnxruntime"} <= set(versions)
 
@@ -278,7 +278,7 @@ def test_a_change_that_changes_nothing_passes_parity(
     [
         (float("nan"), "holds NaN or infinite weights"),
         (float("inf"), "holds NaN or infinite weights"),
-        (3e38, "own output tokens holds NaN or infinity"),
+        (3e38, "own output (embedding|tokens) holds NaN or infinity"),
     ],
 )
 def test_weights_that_give_no_numbers_are_refused_and_leave_nothing(
