@@ -39,7 +39,7 @@ class WeightsFile:
 
     def add(self, data: bytes) -> int:
         """Offset of these bytes in the file, written if no equal bytes were."""
-        key = hashlib.sha256(data).digest()
+        key = hashlib.blake2b(data, digest_size=32).digest()
         if key not in self._offsets:
             self._file.seek(-self._file.tell() % ALIGNMENT, 1)
             self._offsets[key] = self._file.tell()

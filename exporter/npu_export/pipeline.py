@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,27 +94,39 @@ def run_export(plan: ExportPlan, steps: Steps) -> Path:
 
 
 def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> None:
-    """Write the whole artifact into a folder, the manifest last. Parity is not checked here."""
+    """Write the whole artifact into a folder, the manifest last. Parity is not checked here.
+
+    What is already whole is hashed beside the work: the freezing leaves a core free, and sha256 of the
+    checkpoint, the state and the programs would take a third of the time of a large export.
+    """
     request = plan.request
-    with steps.step("load the weights"):
-        network = load_network(plan.weights)
-        provenance = describe_provenance(plan.weights, state_sha256(network))
-        module = request.encoder.with_outputs(network)
-        steps.detail(f"{plan.weights.parameters:,} parameters")
-    with steps.step("record the reference"):
-        _write_reference(request.encoder, module, folder / REFERENCE_FILE)
-        module = in_precision(module, request.precision)
-    programs: list[Program] = []
-    if "torchscript" in request.formats:
-        programs += _freeze_torchscript(plan, module, folder, steps)
-    if "onnx" in request.formats:
-        programs += _freeze_onnx(plan, module, folder, steps)
-    with steps.step("hash the files and write the manifest"):
-        files = {path.name: record_file(folder, path.name) for path in sorted(folder.iterdir())}
-        hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
-        manifest = _describe(plan, hashed, tuple(files.values()), provenance)
-        (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
-        steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
+    with ThreadPoolExecutor(1, "hash") as pool:
+        with steps.step("load the weights"):
+            network = load_network(plan.weights)
+            provenance = pool.submit(lambda: describe_provenance(plan.weights, state_sha256(network)))
+            module = request.encoder.with_outputs(network)
+            steps.detail(f"{plan.weights.parameters:,} parameters")
+        with steps.step("record the reference"):
+            _write_reference(request.encoder, module, folder / REFERENCE_FILE)
+            if request.precision != "fp32":
+                provenance.result()  # the weights are changed next
+            module = in_precision(module, request.precision)
+        programs: list[Program] = []
+        records: dict[str, Future[FileRecord]] = {}
+        if "torchscript" in request.formats:
+            programs += _freeze_torchscript(plan, module, folder, steps)
+            records[TORCHSCRIPT_FILE] = pool.submit(record_file, folder, TORCHSCRIPT_FILE)
+        if "onnx" in request.formats:
+            programs += _freeze_onnx(plan, module, folder, steps)
+        with steps.step("hash the files and write the manifest"):
+            for path in sorted(folder.iterdir()):
+                if path.name not in records:
+                    records[path.name] = pool.submit(record_file, folder, path.name)
+            files = {name: records[name].result() for name in sorted(records)}
+            hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
+            manifest = _describe(plan, hashed, tuple(files.values()), provenance.result())
+            (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
+            steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
 
 
 def check_parity(folder: Path, steps: Steps) -> None:
