@@ -19,6 +19,8 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names under which Hugging Face publishes weights, the first that exists is read."""
 INDEX_SUFFIX = ".index.json"
 """Behind the name of a weights file: a JSON object whose `weight_map` names the shard of each tensor."""
+USUAL_FILES = (*WEIGHT_FILES, *(name + INDEX_SUFFIX for name in WEIGHT_FILES))
+"""What a published folder is looked through for, in this order."""
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 """Names that end so may hold weights, where a folder has none of the usual names."""
 CONFIG_FILE = "config.json"
@@ -119,7 +121,7 @@ def _read_files(opened: Mapping[Path, WeightsFile], file_of: Mapping[str, Path])
 
 
 def _weights_file(path: Path, names: tuple[str, ...]) -> Path:
-    usual = (*WEIGHT_FILES, *(name + INDEX_SUFFIX for name in WEIGHT_FILES), *names)
+    usual = (*USUAL_FILES, *names)
     if not path.exists():
         raise CheckpointError(
             "there is no such checkpoint",

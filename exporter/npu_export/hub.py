@@ -12,7 +12,7 @@ from npu_export.checkpoint import (
     CONFIG_FILE,
     INDEX_SUFFIX,
     PREPROCESSOR_FILE,
-    WEIGHT_FILES,
+    USUAL_FILES,
     Checkpoint,
     open_checkpoint,
     shard_names,
@@ -67,8 +67,7 @@ def fetch_checkpoint(
             got=error,
             hint=f"pip install {hub.package}, or pass a file with --weights",
         ) from error
-    usual = (*WEIGHT_FILES, *(name + INDEX_SUFFIX for name in WEIGHT_FILES))
-    wanted = (file,) if file else (*usual, *names)
+    wanted = (file,) if file else (*USUAL_FILES, *names)
     folder = file[: file.rfind("/") + 1]
     tried: list[str] = []
     for offline in (True, False):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from npu_export.errors import CheckpointError
 from npu_export.random_weights import parse_seed
@@ -186,7 +186,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     try:
         # Only the zip format can be memory-mapped; files from before torch 1.6 are read whole.
         with file.open("rb") as opened:
-            mapped = _starts_with_zip(opened)
+            mapped = opened.read(len(_ZIP)) == _ZIP
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -223,10 +223,6 @@ def _load_pickle(file: Path) -> dict[str, Any]:
             hint="save the state dict itself",
         )
     return dict(leaves)
-
-
-def _starts_with_zip(opened: BinaryIO) -> bool:
-    return opened.read(len(_ZIP)) == _ZIP
 
 
 def _flatten(content: Mapping[Any, Any], path: str) -> Iterator[tuple[str, Any]]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from npu_export.encoders.blocks import (
-    CLIP_MEAN,
-    CLIP_STD,
     build_timm,
+    clip_preprocessing,
     embedding_and_tokens,
     fuse_qkv,
     mean_and_tokens,
@@ -18,7 +17,7 @@ from npu_export.encoders.blocks import (
 from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Published, limits
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Reshape
-from npu_runtime.artifact.schema import Precision, Preprocessing, Tolerance
+from npu_runtime.artifact.schema import Precision, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,14 +150,7 @@ def aimv2_encoder(published: Published, shape: Aimv2Shape) -> EncoderSpec:
             layout("apple", _apple_rules(), about="Apple's original"),
             layout("timm", tuple(rename(key, key) for key in TIMM_KEYS), about="timm's file"),
         ),
-        preprocessing=Preprocessing(
-            size=(shape.image, shape.image),
-            shortest_edge=shape.image,
-            interpolation="bicubic",
-            mean=CLIP_MEAN,
-            std=CLIP_STD,
-            source="the encoder's default, as Apple's preprocessor_config.json",
-        ),
+        preprocessing=clip_preprocessing(shape.image, "the encoder's default, as Apple's preprocessor_config.json"),
         at_size=lambda image: aimv2_encoder(published, replace(shape, image=image)),
     )
 

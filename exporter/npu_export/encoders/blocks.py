@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from npu_export.keymap import Drop, Rule, concatenate, rename
 from npu_export.timm_import import import_timm
-from npu_runtime.artifact.schema import TensorSpec
+from npu_runtime.artifact.schema import Preprocessing, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
 WEIGHT_AND_BIAS = ("weight", "bias")
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Means and deviations of OpenAI's CLIP (openai/CLIP, clip/clip.py)."""
-
 OPEN_CLIP_TEXT_TOWER = tuple(
     Drop(key, "text tower")
     for key in (
@@ -63,6 +59,18 @@ def embedding_and_tokens(tokens: int, width: int) -> tuple[TensorSpec, ...]:
     return (
         TensorSpec("embedding", "float32", ("B", width)),
         TensorSpec("tokens", "float32", ("B", tokens, width)),
+    )
+
+
+def clip_preprocessing(image_size: int, source: str) -> Preprocessing:
+    """As OpenAI's CLIP has it: the shorter side to size, the centre, its means and deviations (clip/clip.py)."""
+    return Preprocessing(
+        size=(image_size, image_size),
+        shortest_edge=image_size,
+        interpolation="bicubic",
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        source=source,
     )
 
 

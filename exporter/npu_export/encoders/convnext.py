@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from npu_export.encoders.blocks import (
-    CLIP_MEAN,
-    CLIP_STD,
     OPEN_CLIP_TEXT_TOWER,
     build_timm,
+    clip_preprocessing,
     own_head,
 )
 from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Published, limits
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Zeros
-from npu_runtime.artifact.schema import Precision, Preprocessing, TensorSpec, Tolerance
+from npu_runtime.artifact.schema import Precision, TensorSpec, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,14 +92,7 @@ def convnext_encoder(published: Published, shape: ConvNextShape) -> EncoderSpec:
                 beside=OPEN_CLIP_TEXT_TOWER,
             ),
         ),
-        preprocessing=Preprocessing(
-            size=(shape.image, shape.image),
-            shortest_edge=shape.image,
-            interpolation="bicubic",
-            mean=CLIP_MEAN,
-            std=CLIP_STD,
-            source="the encoder's default, as open_clip's configuration",
-        ),
+        preprocessing=clip_preprocessing(shape.image, "the encoder's default, as open_clip's configuration"),
         at_size=lambda image: convnext_encoder(published, replace(shape, image=image)),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -61,9 +61,8 @@ def build_vit(shape: VitShape, norm_eps: float, activation: str) -> nn.Module:
     )
 
 
-def _hf_rules() -> tuple[Rule | Drop, ...]:
-    """Hugging Face's ViTModel, as its files name it, to timm's VisionTransformer."""
-    layer = "encoder.layer.{i}"
+def _hf_rules(layer: str, query_key_value: Sequence[str], out: str, fc1: str, fc2: str) -> tuple[Rule | Drop, ...]:
+    """Hugging Face's ViTModel, whose layers have other names in its files than in transformers 5, to timm's."""
     return (
         rename("embeddings.cls_token", "cls_token"),
         rename("embeddings.position_embeddings", "pos_embed"),
@@ -71,36 +70,14 @@ def _hf_rules() -> tuple[Rule | Drop, ...]:
             {
                 "embeddings.patch_embeddings.projection": "patch_embed.proj",
                 f"{layer}.layernorm_before": "blocks.{i}.norm1",
-                f"{layer}.attention.output.dense": "blocks.{i}.attn.proj",
+                f"{layer}.attention.{out}": "blocks.{i}.attn.proj",
                 f"{layer}.layernorm_after": "blocks.{i}.norm2",
-                f"{layer}.intermediate.dense": "blocks.{i}.mlp.fc1",
-                f"{layer}.output.dense": "blocks.{i}.mlp.fc2",
+                f"{layer}.{fc1}": "blocks.{i}.mlp.fc1",
+                f"{layer}.{fc2}": "blocks.{i}.mlp.fc2",
                 "layernorm": "norm",
             }
         ),
-        *fuse_qkv(layer, ("attention.attention.query", "attention.attention.key", "attention.attention.value")),
-        *drop_modules(["pooler.dense"], NO_HEAD),
-    )
-
-
-def _hf_runtime_rules() -> tuple[Rule | Drop, ...]:
-    """ViTModel as transformers 5 names its modules at run time, and a state dict saved there."""
-    layer = "layers.{i}"
-    return (
-        rename("embeddings.cls_token", "cls_token"),
-        rename("embeddings.position_embeddings", "pos_embed"),
-        *rename_modules(
-            {
-                "embeddings.patch_embeddings.projection": "patch_embed.proj",
-                f"{layer}.layernorm_before": "blocks.{i}.norm1",
-                f"{layer}.attention.o_proj": "blocks.{i}.attn.proj",
-                f"{layer}.layernorm_after": "blocks.{i}.norm2",
-                f"{layer}.mlp.fc1": "blocks.{i}.mlp.fc1",
-                f"{layer}.mlp.fc2": "blocks.{i}.mlp.fc2",
-                "layernorm": "norm",
-            }
-        ),
-        *fuse_qkv(layer, ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+        *fuse_qkv(layer, [f"attention.{part}" for part in query_key_value]),
         *drop_modules(["pooler.dense"], NO_HEAD),
     )
 
@@ -182,6 +159,15 @@ def vit_encoder(published: Published, shape: VitShape) -> EncoderSpec:
         # ViTEmbeddings.interpolate_pos_encoding in transformers' models/vit/modeling_vit.py
         positions=Positions("pos_embed", 1, "bicubic", antialias=False),
     )
+    parts = ("query", "key", "value")
+    in_files = (
+        "encoder.layer.{i}",
+        [f"attention.{part}" for part in parts],
+        "output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+    at_run_time = ("layers.{i}", [f"{part[0]}_proj" for part in parts], "o_proj", "mlp.fc1", "mlp.fc2")
     jax = functools.partial(
         Layout,
         "jax",
@@ -196,8 +182,8 @@ def vit_encoder(published: Published, shape: VitShape) -> EncoderSpec:
         outputs=embedding_and_tokens(shape.patches + 1, shape.width),
         with_outputs=cls_and_tokens,
         layouts=(
-            hf(rules=_hf_rules(), about="the hub's file, with or without `vit.`"),
-            hf(rules=_hf_runtime_rules(), about="a state dict saved in transformers 5"),
+            hf(rules=_hf_rules(*in_files), about="the hub's file, with or without `vit.`"),
+            hf(rules=_hf_rules(*at_run_time), about="a state dict saved in transformers 5"),
             Layout(
                 "timm",
                 _timm_rules(),
