@@ -28,7 +28,7 @@ from npu_runtime.artifact.schema import (
     Reference,
 )
 from npu_runtime.artifact.staging import stage
-from npu_runtime.artifact.store import Array, open_artifact, record_file
+from npu_runtime.artifact.store import Array, Artifact, RecordedFile, open_artifact, record_file
 from npu_runtime.errors import Error, ParityError
 from npu_runtime.parity.verify import ProgramParity, measure_parity
 
@@ -88,13 +88,12 @@ def run_export(plan: ExportPlan, steps: Steps) -> Path:
     request = plan.request
     _check_disk(plan)
     with stage(request.output, force=request.force) as folder:
-        write_artifact(plan, folder, steps)
-        check_parity(folder, steps)
+        check_parity(write_artifact(plan, folder, steps), steps)
     return request.output
 
 
-def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> None:
-    """Write the whole artifact into a folder, the manifest last. Parity is not checked here.
+def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Artifact:
+    """Write the whole artifact into a folder, the manifest last, and open it. Parity is not checked here.
 
     What is already whole is hashed beside the work: the freezing leaves a core free, and sha256 of the
     checkpoint, the state and the programs would take a third of the time of a large export.
@@ -112,7 +111,7 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> None:
                 provenance.result()  # the weights are changed next
             module = in_precision(module, request.precision)
         programs: list[Program] = []
-        records: dict[str, Future[FileRecord]] = {}
+        records: dict[str, Future[RecordedFile]] = {}
         if "torchscript" in request.formats:
             programs += _freeze_torchscript(plan, module, folder, steps)
             records[TORCHSCRIPT_FILE] = pool.submit(record_file, folder, TORCHSCRIPT_FILE)
@@ -122,19 +121,20 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> None:
             for path in sorted(folder.iterdir()):
                 if path.name not in records:
                     records[path.name] = pool.submit(record_file, folder, path.name)
-            files = {name: records[name].result() for name in sorted(records)}
+            recorded = [records[name].result() for name in sorted(records)]
+            files = {record.file: record for record, _ in recorded}
             hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
             manifest = _describe(plan, hashed, tuple(files.values()), provenance.result())
             (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
             steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
+    return open_artifact(folder, recorded)
 
 
-def check_parity(folder: Path, steps: Steps) -> None:
-    """Open the artifact as production does and compare each program with the reference.
+def check_parity(artifact: Artifact, steps: Steps) -> None:
+    """Load the artifact as production does and compare each program with the reference.
 
     Raises ParityError, with every failed limit, when one is too far.
     """
-    artifact = open_artifact(folder)
     failed: list[ProgramParity] = []
     for format in artifact.manifest.formats():
         with steps.step(f"check parity of {format}"):

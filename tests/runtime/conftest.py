@@ -52,7 +52,7 @@ def record_again(edit_manifest: Callable[[Path, Edit], None]) -> Callable[[Path]
 
     def record(folder: Path) -> Artifact:
         def change(document: dict[str, Any]) -> None:
-            now = {record["file"]: record_file(folder, record["file"]) for record in document["files"]}
+            now = {record["file"]: record_file(folder, record["file"]).record for record in document["files"]}
             for record in document["files"]:
                 record.update(nbytes=now[record["file"]].nbytes, sha256=now[record["file"]].sha256)
             for program in document["programs"]:

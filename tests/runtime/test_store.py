@@ -129,6 +129,37 @@ def test_each_file_is_hashed_once_for_each_opened_artifact(
     assert hashed.count("model.ts") == 2
 
 
+def test_a_recorded_file_is_hashed_again_only_when_it_was_written_since_or_is_not_the_manifests(
+    artifact_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = [record_file(artifact_copy, name) for name in FILES]
+    hashed: list[str] = []
+    monkeypatch.setattr(store, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+    open_artifact(artifact_copy, recorded).check_files()
+    assert hashed == []
+
+    flip_a_byte(artifact_copy / "model.ts")
+    with pytest.raises(ArtifactError, match="has changed"):
+        open_artifact(artifact_copy, recorded).checked_path("model.ts")
+    with pytest.raises(ArtifactError, match="has changed"):  # recorded as it is now, which the manifest does not say
+        open_artifact(artifact_copy, [record_file(artifact_copy, "model.ts")]).checked_path("model.ts")
+
+
+def test_a_file_written_while_it_was_recorded_is_hashed_again(
+    artifact_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_meanwhile(path: Path) -> str:
+        sha256 = sha256_file(path)
+        flip_a_byte(path)
+        return sha256
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "sha256_file", write_meanwhile)
+        recorded = [record_file(artifact_copy, "model.ts")]
+    with pytest.raises(ArtifactError, match="has changed"):
+        open_artifact(artifact_copy, recorded).checked_path("model.ts")
+
+
 def test_a_file_that_was_replaced_since_its_check_is_checked_again(artifact_copy: Path) -> None:
     artifact = open_artifact(artifact_copy)
     artifact.check_files()
@@ -155,7 +186,7 @@ def test_a_file_that_failed_its_check_is_checked_again(artifact_copy: Path) -> N
 def test_the_hash_of_a_file_larger_than_the_buffer_is_that_of_all_its_bytes(tmp_path: Path) -> None:
     data = os.urandom((2 << 20) + 17)
     (tmp_path / "large").write_bytes(data)
-    record = record_file(tmp_path, "large")
+    record, _ = record_file(tmp_path, "large")
     assert (record.file, record.nbytes) == ("large", len(data))
     assert record.sha256 == hashlib.sha256(data).hexdigest()
 

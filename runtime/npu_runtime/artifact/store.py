@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,16 @@ from npu_runtime.artifact.schema import MANIFEST_NAME, FileRecord, Manifest
 from npu_runtime.errors import ArtifactError
 
 Array = npt.NDArray[np.float32]
+Stamp = tuple[int, ...]
+"""What changes when a file is written or replaced: device, inode, size, times of writing and of change."""
+
+
+class RecordedFile(NamedTuple):
+    """A file as this process hashed it."""
+
+    record: FileRecord
+    stamp: Stamp | None
+    """As the hashing began, so that a file written meanwhile is hashed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +37,7 @@ class Artifact:
     manifest: Manifest
     digest: str
     """sha256 of manifest.json, which holds the hash of every other file."""
-    _checked: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _checked: dict[str, Stamp] = field(default_factory=dict, repr=False, compare=False)
     """File -> its stamp when it was found as the manifest says."""
 
     def checked_path(self, name: str) -> Path:
@@ -78,8 +89,11 @@ class Artifact:
         return inputs, {spec.name: tensors[spec.name] for spec in manifest.outputs}
 
 
-def open_artifact(path: str | os.PathLike[str]) -> Artifact:
-    """The artifact in a folder; reads the manifest only. Raises ArtifactError when it is none."""
+def open_artifact(path: str | os.PathLike[str], recorded: Iterable[RecordedFile] = ()) -> Artifact:
+    """The artifact in a folder; reads the manifest only. Raises ArtifactError when it is none.
+
+    Files that this process `recorded`, as the manifest says, are hashed again only when written since.
+    """
     folder = Path(path)
     file = folder / MANIFEST_NAME
     try:
@@ -99,7 +113,9 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise ArtifactError(
             "the manifest is not UTF-8", where=file, got=error, hint="export the artifact again"
         ) from error
-    return Artifact(folder, decode_manifest(text, str(file)), hashlib.sha256(data).hexdigest())
+    manifest = decode_manifest(text, str(file))
+    checked = {record.file: stamp for record, stamp in recorded if record in manifest.files and stamp is not None}
+    return Artifact(folder, manifest, hashlib.sha256(data).hexdigest(), checked)
 
 
 def sha256_file(path: Path) -> str:
@@ -112,14 +128,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def record_file(folder: Path, name: str) -> FileRecord:
+def record_file(folder: Path, name: str) -> RecordedFile:
     """Size and sha256 of a file as it is on disk now."""
     path = folder / name
-    return FileRecord(name, path.stat().st_size, sha256_file(path))
+    stamp = _stamp(path)
+    return RecordedFile(FileRecord(name, path.stat().st_size, sha256_file(path)), stamp)
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is written or replaced; None where there is no file."""
+def _stamp(path: Path) -> Stamp | None:
+    """None where there is no file."""
     try:
         status = path.stat()
     except OSError:
