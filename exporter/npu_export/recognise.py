@@ -48,7 +48,7 @@ def candidates(
     """
     found = []
     for layout in layouts:
-        for chain in _prefix_chains(shapes, layout) if prefix is None else [(prefix,)]:
+        for chain in _prefix_chains(shapes, layout) if prefix is None else [(prefix,) if prefix else ()]:
             rules = _under_prefix(layout, chain)
             joined = "".join(chain)
             if resample and layout.positions is not None:

@@ -64,6 +64,8 @@ def test_the_network_is_the_same_under_every_prefix_in_any_order_of_keys(encoder
     random.Random(prefix).shuffle(keys)
     plan = plan_weights(encoder, of_state(dict(keys)))
     assert plan.prefix == prefix
+    again = plan_weights(encoder, plan.checkpoint, plan.layout.name, prefix=plan.prefix, resample=True)
+    assert again.keymap == plan.keymap  # as an artifact records it
     assert plan.keymap.dropped == {}
     assert_same(mapped(plan), mapped(plan_weights(encoder, of_state(state))))
 
