@@ -43,6 +43,14 @@ with torch.inference_mode():
 """
 
 
+LAUNCH = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+# Linux counts what a process was forked from in the peak of its children, and the benchmark itself grows large.
 EXPORT_BY_HAND = """
 import sys, warnings, torch
 from pathlib import Path
@@ -309,13 +317,10 @@ def installed(name: str) -> str:
 
 def run(command: Sequence[str]) -> float:
     """Run a process, its output kept back, and return its own peak memory in MB."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        errors = process.stderr.read() if process.stderr else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}\n{errors}")
-    return usage.ru_maxrss * 1024 / 1e6
+    done = subprocess.run([sys.executable, "-c", LAUNCH, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} exited with {done.returncode}\n{done.stderr}")
+    return int(done.stdout) * 1024 / 1e6
 
 
 if __name__ == "__main__":
