@@ -101,6 +101,26 @@ def test_an_interrupt_while_packages_are_imported_exits_with_130(ending: signal.
     assert err.endswith("interrupted\n")
 
 
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_a_package_swallows_ends_the_command_before_its_next_step(ending: str) -> None:
+    code = f"""
+import os, signal, click
+from npu_runtime.cli.console import StepProgress, run_command
+@click.command()
+def command():
+    try:
+        os.kill(os.getpid(), signal.{ending})
+    except BaseException:
+        pass
+    with StepProgress().step("the next step"):
+        print("it was done")
+run_command(command, "command")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip() == "interrupted"
+
+
 @pytest.mark.parametrize("after", ["record the reference", "rename 1", "rename 2"])
 def test_a_kill_while_an_artifact_is_replaced_never_loses_it(after: str, exports: ExportServer, tmp_path: Path) -> None:
     output = tmp_path / "a"

@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -24,6 +25,10 @@ from npu_runtime.errors import Error, UnavailableError
 LEAST_TABLE_WIDTH = 140
 INTERRUPTED = 130
 """Exit code after Ctrl-C, 128 + SIGINT, as shells expect."""
+
+
+_interrupted = threading.Event()
+"""Set by a signal: packages that are being imported may swallow its exception, and the next step must not begin."""
 
 
 def narration() -> Console:
@@ -77,6 +82,8 @@ class StepProgress:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
         start = time.monotonic()
         self._detail = ""
         live = Live(_Running(name, start), console=self._console, transient=True, refresh_per_second=8)
@@ -112,7 +119,8 @@ def run_command(command: click.Command, prog_name: str) -> NoReturn:
 
     Where `--json` was asked for, the error is on stdout as data as well.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to fail
@@ -145,6 +153,7 @@ def run_command(command: click.Command, prog_name: str) -> NoReturn:
 
 
 def _interrupt(*_: Any) -> NoReturn:
+    _interrupted.set()
     raise KeyboardInterrupt
 
 
