@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import save_file
+from simulated_npu.build import NoCompilerError, build_simulated_npu
 
 from npu_export.pipeline import export
 from npu_export.weights import find_weights
@@ -40,6 +43,23 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
     """A copy of the tiny artifact that a test may damage."""
     return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+
+
+@pytest.fixture(scope="session")
+def simulated_npu() -> Callable[..., dict[str, str]]:
+    """The environment of a process that finds the simulated NPU, its switches set; built once and kept in build/."""
+
+    own = f"{torch.__version__.partition('+')[0]}.post1"
+
+    def environment(version: str = own, **switches: str) -> dict[str, str]:
+        try:
+            folder = build_simulated_npu(HERE.parent / "build" / "simulated-npu", version)
+        except NoCompilerError as error:
+            pytest.skip(str(error))
+        paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "PYTHONPATH": paths, **switches}
+
+    return environment
 
 
 @pytest.fixture
