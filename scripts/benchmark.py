@@ -248,12 +248,15 @@ def compare_processes(checkpoint: Path, artifact: Path, rounds: int) -> list[Row
 def compare_calls(checkpoint: Path, artifact: Path, work: Path, rounds: int, batches: Sequence[int]) -> list[Row]:
     """A call through this project against the raw session, an export by hand, and eager."""
     import onnxruntime
+    import torch
 
     threads = len(os.sched_getaffinity(0))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     eager = load(artifact, backend="eager", threads=threads)
     ours = load(artifact, threads=threads)
+    torchscript = load(artifact, backend="torchscript", threads=threads)
+    program = torch.jit.load(artifact / "model.ts")
     rows: list[Row] = []
     for batch in batches:
         x = np.random.default_rng(0).standard_normal(ours.manifest.inputs[0].of_batch(batch), np.float32)
@@ -267,13 +270,31 @@ def compare_calls(checkpoint: Path, artifact: Path, work: Path, rounds: int, bat
         def run_hand(x: np.ndarray = x, hand: onnxruntime.InferenceSession = hand) -> object:
             return hand.run([hand.get_outputs()[0].name], {hand.get_inputs()[0].name: x})
 
-        mine, by_raw, by_hand, by_eager = interleave(
-            [lambda x=x: ours(x), run_raw, run_hand, lambda x=x: eager(x)], rounds * 2
+        def run_raw_torchscript(x: np.ndarray = x, method: str = f"b{batch}") -> object:
+            with torch.inference_mode():
+                return getattr(program, method)(torch.from_numpy(x))[0].numpy()
+
+        mine, by_raw, by_hand, by_eager, by_torchscript, by_raw_torchscript = interleave(
+            [
+                lambda x=x: ours(x),
+                run_raw,
+                run_hand,
+                lambda x=x: eager(x),
+                lambda x=x: torchscript(x),
+                run_raw_torchscript,
+            ],
+            rounds * 2,
         )
         rows += [
             compare(f"call / raw onnxruntime session, batch {batch}", mine, by_raw, "at most 1.02, or 0.1 ms more"),
             compare(f"ONNX artifact / torch.onnx.export by hand, batch {batch}", mine, by_hand, "at most 1"),
             compare(f"ONNX artifact / eager, batch {batch}", mine, by_eager, "below 1"),
+            compare(
+                f"call / raw TorchScript, batch {batch}",
+                by_torchscript,
+                by_raw_torchscript,
+                "at most 1.02, or 0.1 ms more",
+            ),
         ]
     return rows
 
@@ -289,7 +310,7 @@ def export_by_hand(eager: Encoder, x: np.ndarray, work: Path) -> Path:
     import torch
 
     path = work / f"hand.b{len(x)}.onnx"
-    module = eager._session._module  # type: ignore[union-attr]
+    module = eager._session._calls[len(x)]  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (torch.from_numpy(x),), str(path), dynamo=True, verbose=False)

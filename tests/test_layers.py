@@ -67,7 +67,7 @@ def test_a_runtime_module_that_imports_the_exporter_is_refused(code: str, tree: 
     [
         ("artifact/store", "npu_runtime.encoder"),
         ("errors", "npu_runtime.artifact.schema"),
-        ("devices", "npu_runtime.backends.table"),
+        ("devices/probe", "npu_runtime.backends.table"),
         ("backends/base", "npu_runtime.encoder"),
         ("torch_interop", "npu_runtime.backends.base"),
         ("preprocess", "npu_runtime.encoder"),

@@ -31,6 +31,8 @@ from npu_runtime.artifact.schema import (
 )
 from npu_runtime.artifact.staging import stage
 from npu_runtime.artifact.store import Array, Artifact, RecordedFile, open_artifact, record_file
+from npu_runtime.devices import CPU
+from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import Error, ParityError
 from npu_runtime.parity.verify import ProgramParity, measure_parity
 
@@ -89,7 +91,8 @@ def run_export(plan: ExportPlan, steps: Steps) -> Path:
     """Carry out a plan; see `export`."""
     request = plan.request
     _check_disk(plan)
-    with stage(request.output, force=request.force) as folder:
+    # The reference is float32 as float32, whatever the process that called asked torch for.
+    with HeldNumerics(CPU, "strict"), stage(request.output, force=request.force) as folder:
         artifact = write_artifact(plan, folder, steps)
         _return_freed_memory()
         check_parity(artifact, steps)
@@ -257,6 +260,8 @@ def _describe(
     plan: ExportPlan, programs: Sequence[Program], files: tuple[FileRecord, ...], provenance: Provenance
 ) -> Manifest:
     encoder = plan.request.encoder
+    with HeldNumerics(CPU, "strict") as held:
+        numerics = {name: str(value) for name, value in held.describe().items()}
     return Manifest(
         encoder=encoder.name,
         precision=plan.request.precision,
@@ -264,7 +269,7 @@ def _describe(
         outputs=encoder.outputs,
         programs=tuple(programs),
         files=files,
-        reference=Reference(REFERENCE_FILE, REFERENCE_SEEDS),
+        reference=Reference(REFERENCE_FILE, REFERENCE_SEEDS, numerics),
         preprocessing=plan.preprocessing,
         tolerances=encoder.published.tolerances[plan.request.precision],
         provenance=provenance,

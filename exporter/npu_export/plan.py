@@ -18,6 +18,7 @@ from npu_export.steps import Silent, Steps
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import Precision, Preprocessing
 from npu_runtime.artifact.staging import check_output
+from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import UnavailableError, UsageError
 
 FORMATS = ("torchscript", "onnx")
@@ -169,6 +170,7 @@ def _check_packages(formats: Sequence[str]) -> None:
             got=f"no {', '.join(missing)}",
             hint="pip install 'npu-export[export]'",
         )
+    import_torch()
 
 
 def _check_opset(opset: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -17,8 +17,19 @@ from npu_runtime.errors import InputError, ProgramError, UsageError
 if TYPE_CHECKING:
     from npu_runtime.artifact.schema import Manifest
     from npu_runtime.artifact.store import Artifact
-    from npu_runtime.backends.base import Array, Session
+    from npu_runtime.backends.base import Array, GraphChoice, Session, SessionReport
     from npu_runtime.devices import Device
+    from npu_runtime.devices.numerics import Numerics
+
+
+class RunOptions(TypedDict, total=False):
+    """Where and how `load` runs programs; what measures encoders passes these on."""
+
+    device: str
+    threads: int | None
+    numerics: Numerics
+    graph: GraphChoice
+    allow_fallback: bool
 
 
 def load(
@@ -29,6 +40,9 @@ def load(
     batches: Iterable[int] | None = None,
     threads: int | None = None,
     weights: str | None = None,
+    numerics: Numerics = "strict",
+    graph: GraphChoice = "auto",
+    allow_fallback: bool = False,
 ) -> Encoder:
     """An encoder over the artifact in a folder.
 
@@ -37,14 +51,21 @@ def load(
     keeps to some of the frozen batch sizes. `threads` sets the CPU threads of one operator; for torch
     it is a setting of the whole process. `weights` says where the checkpoint lies now, for `eager`.
 
+    `numerics` is `strict`, float32 as float32 and GELU exact, or `fast`, the device's shortcuts; torch's are
+    settings of the process, held while the encoder is open. `graph` replays captured graphs on an accelerator:
+    `auto` where that works and is faster, True or an error, False never. An operator without a kernel for the
+    device is an error unless `allow_fallback` has it run on the CPU, which `report` then tells.
+
     The files that the backend opens are hashed first. Raises ArtifactError when the artifact is
     missing, changed or too new, UsageError for a backend, batch size or device that does not exist,
-    UnavailableError when a package or device is not on this machine.
+    UnavailableError when a package, device or kernel is not on this machine, ProgramError when a program
+    mixes devices or strict numerics are not to be had.
     """
     from npu_runtime.artifact.store import Artifact, open_artifact
     from npu_runtime.backends.base import Options
     from npu_runtime.backends.table import backend_name, choose_backend, find_backend
     from npu_runtime.devices import require_device
+    from npu_runtime.devices.numerics import NUMERICS
 
     artifact = path if isinstance(path, Artifact) else open_artifact(path)
     target = require_device(device)
@@ -70,7 +91,10 @@ def load(
         )
     if threads is not None and threads < 1:
         raise UsageError("threads must be positive", expected="1 or more", got=threads)
-    session = opener.open(artifact, target, Options(tuple(chosen), threads, weights))
+    if numerics not in NUMERICS:
+        raise UsageError("unknown numerics", expected=" or ".join(NUMERICS), got=repr(numerics))
+    options = Options(tuple(chosen), threads, weights, numerics, graph, allow_fallback)
+    session = opener.open(artifact, target, options)
     return Encoder(artifact, name, target, chosen, session)
 
 
@@ -147,6 +171,12 @@ class Encoder:
             for start in range(0, len(paths), step)
         ]
         return np.concatenate(parts) if parts else self(np.empty((0, *self._shape), np.float32))
+
+    def report(self) -> SessionReport:
+        """The conditions it runs under. Raises ProgramError when something in the process changed them since."""
+        if self._session is None:
+            raise UsageError("the encoder is closed", hint="load it again")
+        return self._session.report()
 
     def close(self) -> None:
         """Release the session's memory; the encoder cannot run afterwards."""

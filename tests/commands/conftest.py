@@ -44,7 +44,7 @@ class Result:
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
     """Run a command line in this process, as its script does."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {ending: signal.getsignal(ending) for ending in (signal.SIGINT, signal.SIGTERM)}
 
     def run(program: str, *arguments: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
@@ -56,7 +56,8 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Result(exit.value.code, captured.out, captured.err)
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for ending, handler in before.items():
+        signal.signal(ending, handler)
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def test_verify_of_nothing_exits_with_1_and_says_what_is_expected(call: Callable
     [
         (("--backend", "openvino"), 2, "unknown backend 'openvino'"),
         (("--device", "tpu"), 2, "unknown device"),
-        (("--device", "npu:0"), 4, "npu:0"),
+        (("--device", "npu:0"), 4, "the device npu needs the package torch_npu"),
     ],
 )
 def test_verify_with_what_does_not_exist_or_is_not_here(

@@ -482,3 +482,18 @@ def test_whoever_watches_is_told_of_each_step(tmp_path: Path) -> None:
 def test_the_manifest_is_json_that_names_its_schema(tiny_artifact: Path) -> None:
     document = json.loads((tiny_artifact / "manifest.json").read_text("utf-8"))
     assert document["schema"] == f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no switch for the CPU")
+def test_the_reference_is_computed_in_float32_whatever_the_process_asked_torch_for(tmp_path: Path) -> None:
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        output = export("tiny-vit", weights="random:1", formats=("torchscript",), output=tmp_path / "a")
+        assert switch.fp32_precision == "bf16"
+    finally:
+        switch.fp32_precision = before
+    numerics = open_artifact(output).manifest.reference.numerics
+    assert numerics["numerics"] == "strict"
+    assert numerics["torch.backends.mkldnn.matmul.fp32_precision"] == "ieee"

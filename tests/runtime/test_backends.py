@@ -15,7 +15,7 @@ from npu_runtime import ArtifactError, UnavailableError, UsageError, load
 from npu_runtime.artifact.store import Artifact, open_artifact
 from npu_runtime.backends.base import Options
 from npu_runtime.backends.table import BUILT_IN, FORMATS, backend_names, find_backend
-from npu_runtime.devices import CPU, Device
+from npu_runtime.devices import CPU
 
 Array = npt.NDArray[np.float32]
 Record = Callable[[Path], Artifact]
@@ -163,11 +163,6 @@ def test_eager_takes_the_checkpoint_from_where_it_lies_now(
         moved = encoder(pixel_values)
     with load(tiny_artifact, backend="eager") as encoder:
         np.testing.assert_array_equal(moved, encoder(pixel_values))
-
-
-def test_onnxruntime_runs_on_no_other_device(tiny_artifact: Path) -> None:
-    with pytest.raises(UnavailableError, match="does not run on npu:0"):
-        find_backend("onnxruntime").open(open_artifact(tiny_artifact), Device("npu", 0), Options((1,)))
 
 
 def test_a_session_gives_the_outputs_in_the_order_asked_and_closes_twice(tiny_artifact: Path) -> None:

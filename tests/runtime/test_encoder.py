@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import npu_runtime
-from npu_runtime import ArtifactError, Encoder, InputError, ProgramError, UnavailableError, UsageError, load
+from npu_runtime import ArtifactError, Encoder, InputError, ProgramError, UsageError, load
 from npu_runtime.artifact.schema import MANIFEST_NAME
 from npu_runtime.artifact.store import Artifact, open_artifact
 
@@ -195,16 +195,6 @@ def test_an_unknown_device_is_wrong_usage(tiny_artifact: Path, device: str) -> N
         load(tiny_artifact, device=device)
     assert caught.value.exit_code == 2
     assert caught.value.got == repr(device)
-
-
-@pytest.mark.parametrize("device", ["npu:0", "npu", "cuda:1"])
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_a_device_that_this_version_does_not_run_is_unavailable(
-    tiny_artifact: Path, device: str, backend: str | None
-) -> None:
-    with pytest.raises(UnavailableError, match="CPU only") as caught:
-        load(tiny_artifact, device=device, backend=backend)
-    assert caught.value.exit_code == 4
 
 
 @pytest.mark.parametrize("threads", [0, -1])

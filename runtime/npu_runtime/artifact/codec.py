@@ -9,7 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -112,8 +112,10 @@ def _decode(kind: Any, value: Any, where: str, at: str, lenient: bool) -> Any:
 def _decode_fields(kind: Any, value: Any, where: str, at: str, lenient: bool) -> Any:
     hints = typing.get_type_hints(kind)
     names = [field.name for field in fields(kind)]
+    # What a minor version added has a default, and older manifests lack it.
+    required = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
     got = list(value) if isinstance(value, dict) else None
-    if got is None or set(names) - set(got) or (set(got) - set(names) and not lenient):
+    if got is None or required - set(got) or (set(got) - set(names) and not lenient):
         raise ArtifactError(
             f"the manifest has wrong fields at {at or 'its top'}",
             where=where,
@@ -121,7 +123,8 @@ def _decode_fields(kind: Any, value: Any, where: str, at: str, lenient: bool) ->
             got=json.dumps(value)[:200] if got is None else ", ".join(got),
             hint="the file was edited or damaged; export the artifact again",
         )
-    return kind(**{n: _decode(hints[n], value[n], where, f"{at}.{n}".lstrip("."), lenient) for n in names})
+    present = [name for name in names if name in value]
+    return kind(**{n: _decode(hints[n], value[n], where, f"{at}.{n}".lstrip("."), lenient) for n in present})
 
 
 def _is_scalar(kind: Any, value: Any) -> bool:

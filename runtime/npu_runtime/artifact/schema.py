@@ -4,16 +4,17 @@ Versions of the schema:
     1.0  first: encoder, inputs, outputs, programs, files, reference, preprocessing, tolerances, provenance.
     2.0  preprocessing.shortest_edge for preprocessing.resize, coverage.matched for coverage.renamed,
          weights.prefix; precisions fp16 and bf16.
+    2.1  reference.numerics, which 2.0 lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 SCHEMA_MAJOR = 2
-SCHEMA_MINOR = 0
+SCHEMA_MINOR = 1
 
 MANIFEST_NAME = "manifest.json"
 
@@ -66,6 +67,8 @@ class Reference:
     file: str
     seeds: tuple[int, ...]
     """One image a seed: `numpy.random.default_rng(seed).standard_normal`, float32."""
+    numerics: Mapping[str, str] = field(default_factory=dict)
+    """Settings of the libraries that the eager network ran under, by name; empty where that was not recorded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,12 @@ import numpy.typing as npt
 from npu_runtime.artifact.schema import Program
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.devices import Device
+from npu_runtime.devices.numerics import Arithmetic, Numerics
 from npu_runtime.errors import ArtifactError, UnavailableError, UsageError
 
 Array = npt.NDArray[np.float32]
+GraphChoice = Literal["auto"] | bool
+"""Whether to replay captured graphs: where it works and is faster, always, or never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,47 @@ class Options:
     """CPU threads for one operator; None leaves the backend's own choice."""
     weights: str | None = None
     """Where the checkpoint lies now, for backends that rebuild the network; None as recorded."""
+    numerics: Numerics = "strict"
+    graph: GraphChoice = "auto"
+    allow_fallback: bool = False
+    """Run operators for which the device has no kernel on the CPU; they are in the session's report."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """How one batch size runs on an accelerator."""
+
+    batch: int
+    replayed: bool
+    reason: str | None
+    """Why plain calls are made instead; None where a graph is replayed."""
+    max_abs_difference: float | None
+    """Of a replay from a plain call on the same input, 0 when equal bit for bit; None where none was captured."""
+    speedup: float | None
+    """Time of a plain call over a replay's, median; None where none was captured."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionReport:
+    """The conditions under which a session runs, for every record."""
+
+    numerics: Mapping[str, object]
+    """The choice, and each setting by its name in the library."""
+    arithmetic: Arithmetic | None = None
+    """As measured on the accelerator; None on the CPU."""
+    fallback: tuple[str, ...] = ()
+    """Operators, or nodes of a graph, that run on the CPU because that was allowed."""
+    graphs: tuple[GraphReport, ...] = ()
+    """One for each batch size where replay was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Milliseconds of one call on the device's clock."""
+
+    transfer_in_ms: float
+    compute_ms: float
+    transfer_out_ms: float
 
 
 class Session(Protocol):
@@ -37,6 +81,10 @@ class Session(Protocol):
 
         Arrays belong to the caller. Shapes are the manifest's; the values are not checked here.
         """
+        ...
+
+    def report(self) -> SessionReport:
+        """The conditions it runs under. Raises ProgramError when something in the process changed them since."""
         ...
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,12 +14,23 @@ from npu_runtime.artifact.store import Artifact, open_artifact
 from npu_runtime.backends.table import FORMATS, backend_name, backend_names
 from npu_runtime.bench.measure import measure_latency
 from npu_runtime.bench.statistics import Latency, paired_speedup, summarise_latency
-from npu_runtime.cli.console import StepProgress, narration, print_json, print_line, print_table, print_weights
-from npu_runtime.cli.options import artifact_argument, device_option, json_option, parse_batches
+from npu_runtime.cli.console import (
+    StepProgress,
+    narration,
+    print_conditions,
+    print_json,
+    print_line,
+    print_table,
+    print_weights,
+)
+from npu_runtime.cli.options import artifact_argument, json_option, parse_batches, run_options
 from npu_runtime.devices import cpu_count
-from npu_runtime.encoder import Encoder, load
+from npu_runtime.encoder import Encoder, RunOptions, load
 from npu_runtime.environment import describe_environment
 from npu_runtime.errors import Error, UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 EAGER = "eager"
 
@@ -38,7 +50,7 @@ EAGER = "eager"
     metavar="N",
     help="CPU threads for one operator.  [default: cores of this process]",
 )
-@device_option
+@run_options
 @json_option
 def command(
     artifact: str,
@@ -47,9 +59,8 @@ def command(
     iterations: int,
     warmup: int,
     weights: str | None,
-    threads: int | None,
-    device: str,
     as_json: bool,
+    **how: Unpack[RunOptions],
 ) -> None:
     """Time a call, numpy to numpy, of eager and of each frozen program, round by round in one run.
 
@@ -68,11 +79,12 @@ def command(
             expected=", ".join(map(str, sorted(frozen))),
             got=", ".join(map(str, batches)),
         )
-    used_threads = threads or cpu_count()
+    used_threads = how["threads"] = how["threads"] or cpu_count()
     with contextlib.ExitStack() as stack:
-        encoders, not_run = _open(opened, backends, device, batches, used_threads, weights, stack)
+        encoders, not_run = _open(opened, backends, batches, weights, how, stack)
         with _round_bar(len(batches) * (warmup + iterations)) as advance:
             samples = measure_latency(encoders, batches, iterations=iterations, warmup=warmup, progress=advance)
+        conditions = {name: encoder.report() for name, encoder in encoders.items()}
     rows = {key: summarise_latency(values, key[1]) for key, values in samples.items()}
     speedups = {
         key: paired_speedup(samples[EAGER, key[1]], values) if EAGER in encoders else None
@@ -86,7 +98,8 @@ def command(
                 "digest": opened.digest,
                 "weights": to_json(opened.manifest.provenance.weights),
                 "environment": describe_environment(),
-                "device": device,
+                "device": how["device"],
+                "conditions": {name: to_json(report) for name, report in conditions.items()},
                 "threads": used_threads,
                 "warmup": warmup,
                 "rows": [
@@ -103,7 +116,8 @@ def command(
             }
         )
     print_weights(opened.manifest)
-    _print_rows(opened, rows, speedups, f"{iterations} rounds, {used_threads} threads, on {device}")
+    _print_rows(opened, rows, speedups, f"{iterations} rounds, {used_threads} threads, on {how['device']}")
+    print_conditions(conditions)
     for name, reason in not_run.items():
         print_line(f"not run   {name}: {reason}")
 
@@ -111,10 +125,9 @@ def command(
 def _open(
     artifact: Artifact,
     named: Sequence[str],
-    device: str,
     batches: Sequence[int],
-    threads: int,
     weights: str | None,
+    how: RunOptions,
     stack: contextlib.ExitStack,
 ) -> tuple[dict[str, Encoder], dict[str, str]]:
     """Encoders by backend, and the reasons of those that cannot run; a named one must."""
@@ -133,9 +146,7 @@ def _open(
         own_weights = weights if name == EAGER else None
         try:
             with steps.step(f"open {name}"):
-                encoder = load(
-                    artifact, device=device, backend=name, batches=batches, threads=threads, weights=own_weights
-                )
+                encoder = load(artifact, backend=name, batches=batches, weights=own_weights, **how)
         except Error as error:
             # Programs that are damaged are no reason to go on; a checkpoint or package that is elsewhere is.
             tolerable = name == EAGER and own_weights is None

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import click
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from npu_runtime.artifact.schema import Manifest
+from npu_runtime.backends.base import SessionReport
 from npu_runtime.errors import Error, UnavailableError
 
 LEAST_TABLE_WIDTH = 140
@@ -56,6 +58,32 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_line(text: str, *, warn: bool = False) -> None:
     """A line of a result on stdout."""
     Console(highlight=False, soft_wrap=True).print(Text(text, style="bold yellow" if warn else ""))
+
+
+def print_conditions(reports: Mapping[str, SessionReport]) -> None:
+    """The lines on stdout that tell how backends ran on their device, by name; alike ones share a line."""
+    alike: dict[str, list[str]] = {}
+    for backend, report in reports.items():
+        alike.setdefault(_spell_numerics(report), []).append(backend)
+    for text, backends in alike.items():
+        print_line(f"numerics  {', '.join(backends)}: {text}")
+    for backend, report in reports.items():
+        for graph in report.graphs:
+            told = f"graph replay, {graph.speedup:.2f} x plain calls" if graph.replayed else f"plain: {graph.reason}"
+            if graph.max_abs_difference is not None:
+                differs = graph.max_abs_difference
+                told += f", differs by {differs:.1e}" if differs else ", equal to a plain call bit for bit"
+            print_line(f"graph     {backend} batch {graph.batch}: {told}", warn=bool(graph.max_abs_difference))
+        if report.fallback:
+            print_line(f"fallback  {backend}: on the CPU, as was allowed: {', '.join(report.fallback)}", warn=True)
+
+
+def _spell_numerics(report: SessionReport) -> str:
+    settings = [f"{n.removeprefix('torch.')} {value}" for n, value in report.numerics.items() if n != "numerics"]
+    errors = {} if report.arithmetic is None else asdict(report.arithmetic)
+    measured = [f"{name} {error:.0e}" for name, error in errors.items() if error is not None]
+    told = f" ({', '.join(settings)})" if settings else ""
+    return f"{report.numerics['numerics']}{told}" + (f"; errors here: {', '.join(measured)}" if measured else "")
 
 
 def spell_nbytes(nbytes: int) -> str:

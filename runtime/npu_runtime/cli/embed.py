@@ -8,16 +8,21 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 
+from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.staging import explain_full_disk
 from npu_runtime.artifact.store import Array
-from npu_runtime.cli.console import StepProgress, print_json, print_line, print_weights
-from npu_runtime.cli.options import artifact_argument, device_option, json_option, threads_option
-from npu_runtime.encoder import load
+from npu_runtime.cli.console import StepProgress, print_conditions, print_json, print_line, print_weights
+from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
+from npu_runtime.encoder import RunOptions, load
 from npu_runtime.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SUFFIXES = (".safetensors", ".npy")
 
@@ -35,7 +40,7 @@ SUFFIXES = (".safetensors", ".npy")
 @click.option(
     "--backend", metavar="NAME", help="Backend to run.  [default: ONNX on the CPU where the artifact holds it]"
 )
-@device_option
+@run_options
 @threads_option
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @json_option
@@ -44,10 +49,9 @@ def command(
     images: tuple[str, ...],
     output: Path,
     backend: str | None,
-    device: str,
-    threads: int | None,
     force: bool,
     as_json: bool,
+    **how: Unpack[RunOptions],
 ) -> None:
     """Embed image files, preprocessed as the manifest records, one row [D] for each in the order given."""
     if output.suffix not in SUFFIXES:
@@ -61,10 +65,11 @@ def command(
         raise InputError("there is no such image file", where="\n".join(missing))
     steps = StepProgress()
     with steps.step("open the artifact"):
-        encoder = load(artifact, device=device, backend=backend, threads=threads)
+        encoder = load(artifact, backend=backend, **how)
         steps.detail(f"{encoder.backend} on {encoder.device}")
     with encoder, steps.step(f"embed {len(images)} image{'s' if len(images) > 1 else ''}"):
         features = encoder.embed(images)
+        conditions = encoder.report()
     manifest = encoder.manifest
     name = manifest.outputs[0].name
     metadata = {
@@ -82,12 +87,14 @@ def command(
                 "name": name,
                 "shape": features.shape,
                 "backend": encoder.backend,
-                "device": device,
+                "device": how["device"],
+                "conditions": to_json(conditions),
                 **metadata,
                 "images": images,
             }
         )
     print_weights(manifest)
+    print_conditions({encoder.backend: conditions})
     for image, row in zip(images, features):
         print_line(f"{image}  norm {np.linalg.norm(row):.4f}  first {' '.join(f'{value:+.4f}' for value in row[:4])} …")
     print_line(f"{name} float32 {list(features.shape)} in {output}")

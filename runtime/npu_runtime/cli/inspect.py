@@ -34,6 +34,11 @@ def command(artifact: str, as_json: bool) -> None:
         f"images    {_resizing(steps)}, {steps.interpolation}, "
         f"mean {_triple(steps.mean)}, std {_triple(steps.std)} ({steps.source})"
     )
+    numerics = [f"{name.removeprefix('torch.')} {value}" for name, value in manifest.reference.numerics.items()]
+    print_line(
+        f"reference fp32 eager on the CPU, {len(manifest.reference.seeds)} images, "
+        f"{', '.join(numerics) or 'numerics not recorded'}"
+    )
     print_line(f"made with {', '.join(f'{name} {version}' for name, version in provenance.versions.items())}")
     print_line(f"digest    {opened.digest}\n")
     print_table(

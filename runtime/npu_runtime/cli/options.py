@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
 import click
+
+from npu_runtime.devices import parse_device
+from npu_runtime.devices.numerics import NUMERICS
 
 artifact_argument = click.argument("artifact", metavar="ARTIFACT")
 device_option = click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run.")
@@ -12,7 +20,42 @@ threads_option = click.option(
     metavar="N",
     help="CPU threads for one operator.  [default: the backend's choice]",
 )
+numerics_option = click.option(
+    "--numerics",
+    type=click.Choice(NUMERICS),
+    default="strict",
+    show_default=True,
+    help="strict: float32 is float32, GELU is exact. fast: the device's shortcuts, HF32 or TF32.",
+)
+graph_option = click.option(
+    "--graph",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    callback=lambda _context, _parameter, value: {"auto": "auto", "on": True, "off": False}[value],
+    help="Replay captured graphs on an accelerator: where that works and is faster, always, or never.",
+)
+fallback_option = click.option(
+    "--allow-fallback",
+    is_flag=True,
+    help="Run operators that the device has no kernel for on the CPU, and say so, in place of an error.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--device, --numerics, --graph and --allow-fallback, which the command passes on to `load`."""
+
+    @functools.wraps(command)
+    def prepared(*arguments: object, **options: Any) -> None:
+        if parse_device(options["device"]).kind == "npu" and not options["allow_fallback"]:
+            # torch_npu reads it once. A library leaves the process's environment alone; this process is ours.
+            os.environ.setdefault("TORCH_NPU_FALLBACK_CPU_DISABLE", "1")
+        command(*arguments, **options)
+
+    for option in (fallback_option, graph_option, numerics_option, device_option):
+        prepared = option(prepared)
+    return prepared
 
 
 def parse_batches(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.backends.table import backend_name
-from npu_runtime.cli.console import StepProgress, print_error, print_json, print_line, print_table, print_weights
-from npu_runtime.cli.options import artifact_argument, device_option, json_option, threads_option
+from npu_runtime.cli.console import (
+    StepProgress,
+    print_conditions,
+    print_error,
+    print_json,
+    print_line,
+    print_table,
+    print_weights,
+)
+from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
+from npu_runtime.encoder import RunOptions
 from npu_runtime.environment import describe_environment
 from npu_runtime.errors import ParityError, UnavailableError
 from npu_runtime.parity.verify import ProgramParity, measure_parity
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @click.command()
 @artifact_argument
 @click.option("--backend", metavar="NAME", help="Only this backend.  [default: each whose programs the artifact holds]")
-@device_option
+@run_options
 @threads_option
 @json_option
-def command(artifact: str, backend: str | None, device: str, threads: int | None, as_json: bool) -> None:
+def command(artifact: str, backend: str | None, as_json: bool, **how: Unpack[RunOptions]) -> None:
     """Check every file's hash, then every program against the stored reference, on this device.
 
     The reference is what the unmodified fp32 eager network gave on the CPU when the artifact was made.
@@ -40,7 +53,7 @@ def command(artifact: str, backend: str | None, device: str, threads: int | None
     for name in [backend] if backend else map(backend_name, manifest.formats()):
         try:
             with steps.step(f"run {name}"):
-                rows += measure_parity(opened, backend=name, device=device, threads=threads)
+                rows += measure_parity(opened, backend=name, **how)
         except UnavailableError as error:
             if backend or (not rows and len(not_run) + 1 == len(manifest.formats())):
                 raise
@@ -48,7 +61,7 @@ def command(artifact: str, backend: str | None, device: str, threads: int | None
     failed = [row for row in rows if not row.passed]
     too_far = ParityError(
         "a program is farther from the reference than its tolerance allows",
-        where=f"{opened.path} on {device}",
+        where=f"{opened.path} on {how['device']}",
         expected="every check within its limit",
         got=", ".join(f"{r.backend} batch {r.batch} {r.output}" for r in failed),
         hint="do not use these programs here; run with --json for every figure",
@@ -71,6 +84,7 @@ def command(artifact: str, backend: str | None, device: str, threads: int | None
     else:
         print_weights(manifest)
         _print_rows(rows)
+        print_conditions({row.backend: row.conditions for row in rows})
         for name, reason in not_run.items():
             print_line(f"not run   {name}: {reason}")
         print_line(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from npu_runtime.artifact.store import Artifact
+from npu_runtime.backends.base import SessionReport
 from npu_runtime.backends.table import find_backend
-from npu_runtime.encoder import load
+from npu_runtime.encoder import RunOptions, load
 from npu_runtime.parity.metrics import Check, Metrics, compare, judge
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,7 @@ class ProgramParity:
     output: str
     metrics: Metrics
     checks: tuple[Check, ...]
+    conditions: SessionReport
 
     @property
     def passed(self) -> bool:
@@ -34,8 +40,7 @@ def measure_parity(
     artifact: Artifact,
     *,
     backend: str,
-    device: str = "cpu",
-    threads: int | None = None,
+    **how: Unpack[RunOptions],
 ) -> Iterator[ProgramParity]:
     """Parity of each frozen batch size, one file open at a time, so that memory holds few weights.
 
@@ -51,7 +56,7 @@ def measure_parity(
         if program.batch not in sizes:  # a backend that opens no file runs each size once
             sizes.append(program.batch)
     for sizes in sizes_of.values():
-        with load(artifact, device=device, backend=backend, batches=sizes, threads=threads) as encoder:
+        with load(artifact, backend=backend, batches=sizes, **how) as encoder:
             for size in encoder.batches:
                 runs = -(-len(inputs) // size)
                 row = np.arange(runs * size)
@@ -60,4 +65,5 @@ def measure_parity(
                 for output in parts[0]:
                     metrics = compare(np.concatenate([part[output] for part in parts]), expected[output][rows])
                     checks = judge(output, metrics, artifact.manifest.tolerances)
-                    yield ProgramParity(encoder.backend, str(encoder.device), size, output, metrics, checks)
+                    report = encoder.report()
+                    yield ProgramParity(encoder.backend, str(encoder.device), size, output, metrics, checks, report)

@@ -1,4 +1,4 @@
-"""Devices that a program runs on. Everything else asks here."""
+"""How devices are spelled, and what differs between their kinds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,34 @@ import os
 import re
 from dataclasses import dataclass
 
-from npu_runtime.errors import UnavailableError, UsageError
+from npu_runtime.errors import UsageError
 
 _SPELLING = re.compile(r"(cpu)|(cuda|npu)(?::(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What differs between kinds of device; torch.npu mirrors torch.cuda in everything else."""
+
+    name: str
+    dispatch_key: str
+    """torch's name for the kernels of this kind; torch-npu's are those of its PrivateUse1."""
+    graph_class: str | None
+    """The class of torch's module for it that captures and replays; None where there is none."""
+    visible_variable: str | None
+    """The environment variable that selects devices."""
+    provider: str
+    """ONNX Runtime's execution provider."""
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("cpu", "CPU", None, None, "CPUExecutionProvider"),
+        Kind("cuda", "CUDA", "CUDAGraph", "CUDA_VISIBLE_DEVICES", "CUDAExecutionProvider"),
+        Kind("npu", "PrivateUse1", "NPUGraph", "ASCEND_RT_VISIBLE_DEVICES", "CANNExecutionProvider"),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +47,10 @@ class Device:
     def __str__(self) -> str:
         return self.kind if self.index is None else f"{self.kind}:{self.index}"
 
+    @property
+    def traits(self) -> Kind:
+        return KINDS[self.kind]
+
 
 CPU = Device("cpu", None)
 
@@ -33,20 +62,6 @@ def parse_device(text: str) -> Device:
         raise UsageError("unknown device", expected="cpu, cuda:N or npu:N", got=repr(text))
     cpu, kind, index = match.groups()
     return CPU if cpu else Device(kind, int(index or 0))
-
-
-def require_device(text: str) -> Device:
-    """The device, ready for programs. Raises UnavailableError, with what to do, where it cannot run them."""
-    device = parse_device(text)
-    if device.kind != "cpu":
-        raise UnavailableError(
-            f"this version runs programs on the CPU only, not on {device}",
-            expected="device cpu",
-            got=f"device {device}",
-            hint="model.ts and the ONNX graphs hold no device literal: open them there with torch.jit.load"
-            f'(path, map_location="{device}") or onnxruntime',
-        )
-    return device
 
 
 def cpu_count() -> int:

@@ -1,0 +1,148 @@
+"""Sessions of programs that run on torch: on the CPU as they are, on an accelerator prepared and replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from npu_runtime.artifact.store import Artifact
+from npu_runtime.backends.base import Array, GraphReport, Options, SessionReport, StageTimes
+from npu_runtime.devices import Device
+from npu_runtime.devices.numerics import HeldNumerics
+from npu_runtime.errors import ArtifactError, UsageError
+from npu_runtime.torch_interop import array_from_tensor, set_threads, tensor_from_array
+
+if TYPE_CHECKING:
+    import torch
+
+    from npu_runtime.backends.device_program import DeviceProgram
+
+Call = Callable[["torch.Tensor"], Sequence["torch.Tensor"]]
+"""A program for one batch size: `pixel_values` -> the outputs in the manifest's order."""
+
+
+class OpenPrograms(Protocol):
+    """What a backend gives a session: the programs, opened on the device once its numerics are set."""
+
+    def __call__(self, device: Device, batches: Sequence[int]) -> Mapping[int, Call]: ...
+
+
+def open_torch_session(artifact: Artifact, device: Device, options: Options, programs: OpenPrograms) -> TorchSession:
+    """Set threads and numerics, open the programs, and prepare each batch size on an accelerator.
+
+    Whatever fails, the numerics are put back and the device's memory is given back.
+    """
+    set_threads(options.threads)
+    if device.kind == "cpu" and options.graph is True:
+        raise UsageError("graph replay needs an accelerator", expected="device cuda:N or npu:N", got=f"device {device}")
+    numerics = HeldNumerics(device, options.numerics)
+    session = TorchSession(artifact, device, options, numerics)
+    try:
+        session.open(programs)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+class TorchSession:
+    """Programs by batch size on one device. On an accelerator they run one at a time, in the order of the calls."""
+
+    def __init__(self, artifact: Artifact, device: Device, options: Options, numerics: HeldNumerics) -> None:
+        self._path = artifact.path
+        self._input = artifact.manifest.inputs[0]
+        self._outputs = artifact.manifest.outputs
+        self._names = [output.name for output in self._outputs]
+        self._device = device
+        self._options = options
+        self._numerics = numerics
+        self._calls: dict[int, Call] = {}
+        self._prepared: dict[int, DeviceProgram] = {}
+        self._lock = threading.Lock()
+        self._report = SessionReport(numerics.describe())
+
+    def open(self, programs: OpenPrograms) -> None:
+        if self._device.kind == "cpu":
+            self._calls.update(programs(self._device, self._options.batches))
+            return
+        from npu_runtime.backends.device_program import DeviceProgram
+        from npu_runtime.devices.accelerator import Accelerator
+        from npu_runtime.devices.numerics import measure_arithmetic, require_strict
+        from npu_runtime.devices.operators import refuse_fallback
+
+        accelerator = Accelerator(self._device)
+        options = self._options
+        fallback: dict[str, None] = {}
+        graphs: list[GraphReport] = []
+        with accelerator.current():
+            arithmetic = measure_arithmetic(accelerator.torch_device)
+            calls = programs(self._device, options.batches)
+            pool, stream = (accelerator.graph_pool(), accelerator.side_stream()) if options.graph else (None, None)
+            for batch, call in calls.items():
+                program = self._prepared[batch] = DeviceProgram(accelerator, call, self._input.of_batch(batch))
+                operators, outputs = program.first_run()
+                self._check_results(outputs, batch)
+                if not options.allow_fallback:
+                    refuse_fallback(operators, self._device)
+                if options.numerics == "strict":
+                    require_strict(arithmetic, operators.names, self._device)
+                fallback.update(dict.fromkeys((*operators.fallback, *operators.host)))
+                if options.graph:
+                    graphs.append(program.capture(pool, stream, required=options.graph is True))
+        self._report = SessionReport(self._numerics.describe(), arithmetic, tuple(fallback), tuple(graphs))
+
+    def run(self, pixel_values: Array, outputs: Sequence[str]) -> list[Array]:
+        batch = len(pixel_values)
+        wanted = [self._names.index(name) for name in outputs]
+        if self._prepared:
+            with self._on_device(batch) as program:
+                return program.run(pixel_values, wanted)
+        import torch
+
+        with torch.inference_mode():
+            results = self._calls[batch](tensor_from_array(pixel_values))
+        self._check_results(results, batch)
+        return [array_from_tensor(results[index]) for index in wanted]
+
+    def time_stages(self, pixel_values: Array, outputs: Sequence[str]) -> StageTimes:
+        """Time one call on an accelerator, its transfers apart."""
+        with self._on_device(len(pixel_values)) as program:
+            return program.time_stages(pixel_values, [self._names.index(name) for name in outputs])
+
+    def report(self) -> SessionReport:
+        self._numerics.check()
+        return self._report
+
+    def close(self) -> None:
+        with self._lock:
+            self._calls.clear()
+            programs, self._prepared = self._prepared, {}
+            accelerator = next((program.accelerator for program in programs.values()), None)
+            while programs:
+                programs.popitem()[1].close()
+        self._numerics.release()
+        if accelerator is not None:
+            accelerator.release()
+
+    @contextlib.contextmanager
+    def _on_device(self, batch: int) -> Iterator[DeviceProgram]:
+        """The program of a batch size, for one caller at a time."""
+        self._prepared[batch].accelerator.check_process()  # before the lock, which a fork may have copied locked
+        with self._lock:
+            yield self._prepared[batch]
+
+    def _check_results(self, results: object, batch: int) -> None:
+        """The outputs are the manifest's, in its order; a TorchScript file does not say so itself."""
+        expected = [f"{output.dtype} {list(output.of_batch(batch))}" for output in self._outputs]
+        given = results if isinstance(results, (tuple, list)) else ()
+        got = [f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.") for tensor in given]
+        if got != expected:
+            raise ArtifactError(
+                "the program gives other outputs than the manifest says",
+                where=self._path,
+                expected=f"a tuple of {', '.join(expected)}",
+                got=", ".join(got) or type(results).__name__,
+                hint="export the artifact again",
+            )

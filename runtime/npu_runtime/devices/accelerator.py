@@ -1,0 +1,127 @@
+"""One accelerator, driven through torch's module for its kind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from npu_runtime.devices.device import Device
+from npu_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of a device's memory."""
+
+    allocated_nbytes: int
+    """Held by this process's tensors."""
+    peak_nbytes: int
+    """The most that they held since `reset_peak`."""
+    free_nbytes: int
+    """Of the whole card, other processes' use taken off."""
+    total_nbytes: int
+
+
+class Accelerator:
+    """A cuda or npu device: placement, waiting, events, memory, seeds and graphs.
+
+    Made after `require_device`. torch.npu mirrors torch.cuda, so one class drives both; what differs is in
+    the table of kinds.
+    """
+
+    def __init__(self, device: Device) -> None:
+        import torch
+
+        self.device = device
+        self.torch_device = torch.device(str(device))
+        self._module: Any = getattr(torch, device.kind)
+        self._process = os.getpid()
+
+    def check_process(self) -> None:
+        """Refuse a process forked after the device was started, in which no call to it would work."""
+        if os.getpid() != self._process:
+            raise UsageError(
+                f"the process was forked after {self.device} was started",
+                expected="a process that loads the encoder itself",
+                hint="use multiprocessing.get_context('spawn'), or load the encoder in the child",
+            )
+
+    def current(self) -> AbstractContextManager[object]:
+        """A context in which this is torch's current device of its kind."""
+        context: AbstractContextManager[object] = self._module.device(self.device.index)
+        return context
+
+    def synchronize(self) -> None:
+        """Wait until everything asked of the device is done."""
+        self._module.synchronize(self.device.index)
+
+    def event(self) -> Any:
+        """An event that keeps its time: `record`, `synchronize`, and `elapsed_time(later)` in milliseconds."""
+        return self._module.Event(enable_timing=True)
+
+    def normal(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+        """Standard normal float32 on the device, of the same numbers on every one; no generator's state moves."""
+        import torch
+
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.torch_device)
+
+    def memory(self) -> Memory:
+        index = self.device.index
+        free, total = self._module.mem_get_info(index)
+        return Memory(self._module.memory_allocated(index), self._module.max_memory_allocated(index), free, total)
+
+    def reset_peak(self) -> None:
+        self._module.reset_peak_memory_stats(self.device.index)
+
+    def release(self) -> None:
+        """Give memory that no tensor holds back to the card, for other processes."""
+        with self.current():
+            self._module.empty_cache()
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that the device copies from and to without a detour, where it can be had."""
+        import torch
+
+        try:
+            return torch.empty(shape, dtype=dtype, device="cpu").pin_memory()
+        except (RuntimeError, NotImplementedError):
+            return torch.empty(shape, dtype=dtype, device="cpu")
+
+    def graph_pool(self) -> Any:
+        """A pool of memory that graphs share, which never run at the same time."""
+        return self._module.graph_pool_handle()
+
+    def new_graph(self) -> Any:
+        """An empty graph of this kind of device."""
+        return getattr(self._module, str(self.device.traits.graph_class))()
+
+    def side_stream(self) -> Any:
+        """A stream of its own; graphs are not captured on the default one."""
+        return self._module.Stream(device=self.device.index)
+
+    @contextlib.contextmanager
+    def on_stream(self, stream: Any) -> Iterator[None]:
+        """Work is queued on `stream`, between what the current stream was given before and what it is given after."""
+        current = self._module.current_stream(self.device.index)
+        stream.wait_stream(current)
+        with self._module.stream(stream):
+            yield
+        current.wait_stream(stream)
+
+    @contextlib.contextmanager
+    def capture(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
+        """Work is recorded in the graph and not run. Other threads may go on using the device."""
+        current = self._module.current_stream(self.device.index)
+        # torch's own context does not put the stream back when the end of a failed capture raises.
+        with (
+            self._module.stream(current),
+            self._module.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            yield

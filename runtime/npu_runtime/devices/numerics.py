@@ -1,0 +1,285 @@
+"""How exact a device's arithmetic is: a stated choice, held while encoders are open, and measured.
+
+An NPU multiplies float32 as HF32 (11 bits) in convolutions and runs GELU by tanh, and a GPU convolves in TF32, unless
+they are told not to. Sources: torch_npu/npu/npu_config.py and its document of use_compatible_impl; PyTorch's note on
+numerical accuracy and torch/backends.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from npu_runtime.devices.device import Device
+from npu_runtime.errors import ProgramError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Numerics = Literal["strict", "fast"]
+"""strict: float32 is float32, GELU is exact. fast: the device's own shortcuts for float32."""
+NUMERICS: tuple[Numerics, ...] = ("strict", "fast")
+
+EXACT = 1e-5
+"""Errors below are those of float32; TF32's and HF32's are 1e-4 and more, GELU's by tanh is 4.7e-4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One switch of a library that changes results, and its value for each choice."""
+
+    name: str
+    strict: object
+    fast: object
+    write: Callable[[Any], object]
+    read: Callable[[], object] | None
+    """None where the library does not tell the value; it is then left as set."""
+
+    def value(self, numerics: Numerics) -> object:
+        return self.strict if numerics == "strict" else self.fast
+
+
+def settings_of(device: Device) -> list[Setting]:
+    """The switches that torch has for a kind of device, in its installed version."""
+    return list({"cpu": _of_cpu, "cuda": _of_cuda, "npu": _of_npu}[device.kind]())
+
+
+def _of_cpu() -> Iterator[Setting]:
+    import torch
+
+    for part in ("matmul", "conv"):
+        holder = getattr(torch.backends.mkldnn, part, None)
+        if hasattr(holder, "fp32_precision"):
+            yield _attribute(f"torch.backends.mkldnn.{part}", holder, "fp32_precision", "ieee", "ieee")
+
+
+def _of_cuda() -> Iterator[Setting]:
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later; the older switches warn there
+        yield _attribute("torch.backends.cuda.matmul", matmul, "fp32_precision", "ieee", "tf32")
+        conv = cudnn.conv  # type: ignore[attr-defined]
+        yield _attribute("torch.backends.cudnn.conv", conv, "fp32_precision", "ieee", "tf32")
+    else:
+        yield _attribute("torch.backends.cuda.matmul", matmul, "allow_tf32", False, True)
+        yield _attribute("torch.backends.cudnn", cudnn, "allow_tf32", False, True)
+    for dtype in ("fp16", "bf16"):
+        name = f"allow_{dtype}_reduced_precision_reduction"
+        yield _attribute("torch.backends.cuda.matmul", matmul, name, False, True)
+
+
+def _of_npu() -> Iterator[Setting]:
+    import torch
+
+    npu: Any = torch.npu  # type: ignore[attr-defined]
+    for part in ("conv", "matmul"):
+        yield _attribute(f"torch.npu.{part}", getattr(npu, part), "allow_hf32", False, True)
+    yield Setting(
+        "torch.npu.config.allow_internal_format",
+        False,
+        False,
+        write=lambda value: setattr(npu.config, "allow_internal_format", value),
+        read=None,
+    )
+    yield Setting(
+        "torch.npu.set_compile_mode(jit_compile)",
+        False,
+        False,
+        write=lambda value: npu.set_compile_mode(jit_compile=value),
+        read=None,
+    )
+    if hasattr(npu, "use_compatible_impl"):  # read by torch_npu once, at the process's first GELU
+        yield Setting(
+            "torch.npu.use_compatible_impl",
+            True,
+            False,
+            write=npu.use_compatible_impl,
+            read=getattr(npu, "are_compatible_impl_enabled", None),
+        )
+
+
+def _attribute(path: str, holder: object, name: str, strict: object, fast: object) -> Setting:
+    return Setting(
+        f"{path}.{name}",
+        strict,
+        fast,
+        write=lambda value: setattr(holder, name, value),
+        read=lambda: getattr(holder, name),
+    )
+
+
+class HeldNumerics:
+    """The settings of a kind of device, as one encoder holds them; `release` puts back what was there before.
+
+    They are settings of the whole process, so encoders that are open together must agree on them.
+    """
+
+    def __init__(self, device: Device, numerics: Numerics) -> None:
+        self.numerics = numerics
+        self._kind = device.kind
+        self._settings = settings_of(device)
+        self._held = True
+        values = {setting.name: setting.value(numerics) for setting in self._settings}
+        with _PROCESS.lock:
+            current = _PROCESS.held.get(self._kind)
+            if current is None:
+                current = _PROCESS.held[self._kind] = _Held(values, _apply(self._settings, numerics))
+            elif current.values != values:
+                raise UsageError(
+                    f"an encoder with other numerics is open on {device.kind}",
+                    expected=", ".join(f"{name}={value}" for name, value in current.values.items()),
+                    got=f"numerics {numerics}, which sets {', '.join(f'{n}={v}' for n, v in values.items())}",
+                    hint="these are settings of the whole process: close the other encoder, or load both alike",
+                )
+            current.holders += 1
+
+    def __enter__(self) -> HeldNumerics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def describe(self) -> dict[str, object]:
+        """The choice and every setting by its name in the library, as it is now where the library tells."""
+        now = {s.name: s.value(self.numerics) if s.read is None else s.read() for s in self._settings}
+        return {"numerics": self.numerics, **now}
+
+    def check(self) -> None:
+        """Raise ProgramError when something else in the process changed a setting since."""
+        changed = [
+            f"{setting.name}={setting.read()}, expected {setting.value(self.numerics)}"
+            for setting in self._settings
+            if setting.read is not None and setting.read() != setting.value(self.numerics)
+        ]
+        if changed:
+            raise ProgramError(
+                f"the {self.numerics} numerics were changed while the encoder was open",
+                got="\n".join(changed),
+                hint="set nothing of torch's precision beside an open encoder; it puts back what it found when closed",
+            )
+
+    def release(self) -> None:
+        """Put back what the first of the open encoders found, when this is the last; a second call does nothing."""
+        with _PROCESS.lock:
+            if not self._held:
+                return
+            self._held = False
+            current = _PROCESS.held[self._kind]
+            current.holders -= 1
+            if not current.holders:
+                del _PROCESS.held[self._kind]
+                for restore in current.restore:
+                    restore()
+
+
+@dataclass(slots=True)
+class _Held:
+    values: dict[str, object]
+    restore: list[Callable[[], object]]
+    holders: int = 0
+
+
+class _Process:
+    """What open encoders hold, by kind of device. The settings are the process's, and so is this."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.held: dict[str, _Held] = {}
+
+
+_PROCESS = _Process()
+
+
+def _apply(settings: list[Setting], numerics: Numerics) -> list[Callable[[], object]]:
+    """Write the settings; returns what undoes them, and undoes them at once when one cannot be written."""
+    restore: list[Callable[[], object]] = []
+    try:
+        for setting in settings:
+            if setting.read is not None:
+                restore.insert(0, functools.partial(setting.write, setting.read()))
+            setting.write(setting.value(numerics))
+    except BaseException:
+        for undo in restore:
+            undo()
+        raise
+    return restore
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Errors of a device's float32 operators against float64 on the CPU; None for one that it does not run."""
+
+    matmul: float | None
+    """Relative L2 error of a product [64, 256] x [256, 64] of standard normals."""
+    conv: float | None
+    """Relative L2 error of a 3 x 3 convolution of 16 channels."""
+    gelu: float | None
+    """Largest error of the exact GELU x Φ(x) on [-4, 4]."""
+
+    def inexact(self) -> list[str]:
+        """Which of them are not float32's own."""
+        errors = {name: getattr(self, name) for name in OPERATORS}
+        return [name for name, error in errors.items() if error is not None and not error <= EXACT]
+
+
+OPERATORS = {
+    "matmul": ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "attention"),
+    "conv": ("conv",),
+    "gelu": ("gelu",),
+}
+"""Measured operator -> what the names of those that do the same hold."""
+
+
+def measure_arithmetic(device: torch.device) -> Arithmetic:
+    """Run each measured operator once on the device, on the same numbers everywhere."""
+    import torch
+    from torch.nn import functional
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def on_device(operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor | None:
+        try:
+            return operator(*(x.to(device) for x in inputs)).cpu().double()
+        except RuntimeError:  # no kernel; a program that needs one says so by name
+            return None
+
+    def relative_l2(operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> float | None:
+        got, expected = on_device(operator, *inputs), operator(*(x.double() for x in inputs))
+        return None if got is None else float((got - expected).norm() / expected.norm())
+
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an operator that falls back; a program that needs one is told so
+        x = torch.linspace(-4, 4, 257)
+        exact = torch.tensor([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()], dtype=torch.float64)
+        gelu = on_device(functional.gelu, x)
+        return Arithmetic(
+            matmul=relative_l2(torch.matmul, normal(64, 256), normal(256, 64)),
+            conv=relative_l2(functional.conv2d, normal(1, 16, 16, 16), normal(16, 16, 3, 3)),
+            gelu=None if gelu is None else float((gelu - exact).abs().max()),
+        )
+
+
+def require_strict(arithmetic: Arithmetic, operators: Iterable[str], device: Device) -> None:
+    """Raise ProgramError when an operator that the program runs is not exact under strict numerics."""
+    for name in arithmetic.inexact():
+        used = [o for o in operators if any(part in o.partition("::")[2] for part in OPERATORS[name])]
+        if used:
+            raise ProgramError(
+                f"{name} is not exact float32 on {device}, and strict numerics ask for it",
+                where=", ".join(sorted(used)),
+                expected=f"an error below {EXACT:.0e}",
+                got=f"{getattr(arithmetic, name):.1e}, measured on the device",
+                hint="load the encoder before anything else runs on the device, set TORCH_NPU_USE_COMPATIBLE_IMPL=1 "
+                "in the environment, or take fast numerics"
+                if name == "gelu"
+                else "something else in the process or environment forces lower precision; or take fast numerics",
+            )

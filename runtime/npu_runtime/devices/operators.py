@@ -1,0 +1,150 @@
+"""Which operators a program runs on a device, and which of them would run on the CPU instead."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from npu_runtime.devices.device import Device
+from npu_runtime.errors import ProgramError, UnavailableError
+
+COMPOSITE_KEYS = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
+"""torch's keys of kernels that call other operators, and so run wherever those do."""
+STRUCTURED_KEY = "CompositeExplicitAutogradNonFunctional"
+"""torch's key of kernels that make an output and call the operator's overload that fills it, where there is one."""
+_WARNED = re.compile(r"operator '([\w:]+)[\w.]*' is not currently supported on the NPU backend")
+_REFUSED = re.compile(r"operator '([\w:]+)[\w.]*' would execute its main computation on CPU")
+"""What torch_npu says; the name of the overload behind the dot is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """The operators of one run of a program."""
+
+    names: frozenset[str]
+    fallback: tuple[str, ...]
+    """Those that ran on the CPU, with copies there and back, for want of a kernel."""
+    host: tuple[str, ...]
+    """Those that made tensors on the CPU: device literals that were baked into the program."""
+
+
+def watch_operators(
+    device: Device, call: Callable[[], Sequence[torch.Tensor]]
+) -> tuple[Operators, Sequence[torch.Tensor]]:
+    """Run a program once; returns what it ran and its outputs. Raises ProgramError when it mixes devices.
+
+    An operator falls back when torch's table of kernels has none for the device, or when torch_npu warns or,
+    with TORCH_NPU_FALLBACK_CPU_DISABLE=1, refuses. torch_npu warns of each operator once in a process, which
+    alone would miss what ran before.
+    """
+    mode = _Watch(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with torch.no_grad(), mode:  # inference mode would hide what composite operators call
+                outputs = call()
+        except RuntimeError as error:
+            raise _explain(error, mode, device) from error
+    fallback = [match[1] for warning in caught if (match := _WARNED.search(str(warning.message)))]
+    for warning in caught:
+        if not _WARNED.search(str(warning.message)):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    astray = [str(tensor.device) for tensor in outputs if tensor.device != torch.device(str(device))]
+    if astray:
+        raise ProgramError(
+            "the program's outputs lie on another device",
+            expected=str(device),
+            got=", ".join(astray),
+            hint="a device literal was baked into it; export it again",
+        )
+    names = frozenset(mode.names)
+    return Operators(names, tuple(dict.fromkeys([*mode.fallback, *fallback])), tuple(mode.host)), outputs
+
+
+def refuse_fallback(operators: Operators, device: Device) -> None:
+    """Raise UnavailableError naming the operators that would run on the CPU."""
+    if operators.fallback:
+        raise UnavailableError(
+            f"{device} has no kernel for operators of this program, which would run on the CPU",
+            expected=f"every operator on {device}",
+            got=", ".join(operators.fallback),
+            hint="another backend or another torch-npu may have them; --allow-fallback runs it all the same",
+        )
+    if operators.host:
+        raise ProgramError(
+            "the program makes tensors on the CPU while it runs",
+            expected=f"every tensor on {device}",
+            got=", ".join(operators.host),
+            hint="a device literal was baked into it: export it again; --allow-fallback runs it all the same",
+        )
+
+
+class _Watch(TorchDispatchMode):
+    """Notes each operator and runs it."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: dict[str, None] = {}
+        self.fallback: dict[str, None] = {}
+        self.host: dict[str, None] = {}
+        self.last = ""
+        self.error: RuntimeError | None = None  # as it was raised; TorchScript's interpreter keeps little of it
+        self._key = getattr(torch._C.DispatchKey, device.traits.dispatch_key)
+        self._accelerated = device.kind
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.last = func.name().partition(".")[0]
+        self.names[self.last] = None
+        try:
+            result = func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            self.error = error
+            raise
+        tensors = [t for t in _tensors((args, kwargs or {})) if t.device.type == self._accelerated]
+        if tensors and not self._has_kernel(func):
+            self.fallback[self.last] = None
+        # A number that became a tensor has no dimension and may lie on the CPU anywhere.
+        if any(t.device.type == "cpu" and t.dim() for t in _tensors(result)):
+            self.host[self.last] = None
+        return result
+
+    def _has_kernel(self, func: Any) -> bool:
+        keys = [self._key, *(getattr(torch._C.DispatchKey, key) for key in COMPOSITE_KEYS)]
+        if any(func.has_kernel_for_dispatch_key(key) for key in keys):
+            return True
+        if not func.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, STRUCTURED_KEY)):
+            return False
+        packet = func.overloadpacket
+        overloads = [getattr(packet, name) for name in packet.overloads() if name.endswith("out")]
+        return not overloads or any(overload.has_kernel_for_dispatch_key(self._key) for overload in overloads)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _explain(error: RuntimeError, mode: _Watch, device: Device) -> ProgramError | UnavailableError:
+    """The error of a first run: an operator that was refused, devices that were mixed, or what it is."""
+    text = str(mode.error or error)
+    refused = _REFUSED.search(text)
+    if refused:
+        return UnavailableError(
+            f"{device} has no kernel for an operator of this program, which would run on the CPU",
+            expected=f"every operator on {device}",
+            got=refused[1],
+            hint="another backend or another torch-npu may have it; --allow-fallback runs it all the same",
+        )
+    mixed = "same device" in text or "found at least two devices" in text
+    return ProgramError(
+        "the program mixes devices" if mixed else f"the program does not run on {device}",
+        where=mode.last or None,
+        expected=f"every tensor on {device}" if mixed else None,
+        got=next((line for line in reversed(text.splitlines()) if "rror" in line), text.strip().splitlines()[0]),
+        hint="a device literal or a constant of the CPU is baked into it; export it again" if mixed else None,
+    )

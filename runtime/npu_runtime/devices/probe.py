@@ -1,0 +1,93 @@
+"""Whether a device can run programs, and what to do where it cannot."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from npu_runtime.devices.device import CPU, Device, parse_device
+from npu_runtime.devices.torch_import import import_torch, import_torch_npu
+from npu_runtime.errors import UnavailableError
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What is known of a device on this machine."""
+
+    device: str
+    name: str | None
+    """The product's name; None where the device is not available, and for the CPU."""
+    error: UnavailableError | None
+    """Why programs cannot run on it and what to do; None where they can."""
+
+    @property
+    def available(self) -> bool:
+        return self.error is None
+
+
+def probe_device(device: Device) -> Probe:
+    """Start the device's package and look; absence is an answer and never raises."""
+    if device == CPU:
+        return Probe(str(device), None, None)
+    try:
+        return Probe(str(device), _start(device), None)
+    except UnavailableError as error:
+        return Probe(str(device), None, error)
+
+
+def require_device(text: str) -> Device:
+    """The device, ready for programs. Raises UnavailableError, with what to do, where it cannot run them."""
+    device = parse_device(text)
+    error = probe_device(device).error
+    if error is not None:
+        raise error
+    return device
+
+
+def _start(device: Device) -> str:
+    """The device's name, its package imported and its index checked."""
+    if device.kind == "npu":
+        import_torch_npu()
+    try:
+        import_torch()
+    except ImportError as error:
+        raise UnavailableError(
+            f"the device {device} needs the package torch, which is not installed",
+            hint="pip install 'npu-export[torch]'",
+        ) from error
+    import torch
+
+    try:
+        return _find(device, getattr(torch, device.kind))
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"{device} does not start",
+            got=str(error).strip().splitlines()[0],
+            hint="npu-runtime doctor says what is missing; --device cpu runs without",
+        ) from error
+
+
+def _find(device: Device, module: Any) -> str:
+    """The device's name, its index checked against those that torch's module for its kind sees."""
+    import torch
+
+    variable = device.traits.visible_variable or ""
+    selected = os.environ.get(variable)
+    seen = "" if selected is None else f", {variable}={selected}"
+    count = module.device_count() if module.is_available() else 0
+    if not count:
+        built = device.kind != "cuda" or torch.version.cuda is not None
+        raise UnavailableError(
+            f"torch sees no {device.kind} device on this machine",
+            expected=f"device {device}",
+            got=f"0 devices{seen}" if built else f"torch {torch.__version__}, which is built without CUDA",
+            hint="npu-runtime doctor says what is missing; --device cpu runs without",
+        )
+    if device.index is None or device.index >= count:
+        raise UnavailableError(
+            "there is no device of this index",
+            expected=", ".join(f"{device.kind}:{index}" for index in range(count)),
+            got=f"{device}{seen}",
+        )
+    return str(module.get_device_name(device.index))

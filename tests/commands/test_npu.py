@@ -1,0 +1,389 @@
+"""The command line and `load` on the simulated NPU, each in a process of its own that finds a torch_npu on its path."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from npu_export.pipeline import export
+from npu_runtime.torch_interop import without_jit_deprecation
+
+NPU = ("--device", "npu:0")
+Run = Callable[..., subprocess.CompletedProcess[str]]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", params=tiny.FAMILIES, ids=lambda encoder: encoder.name)
+def family_artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family's tiny encoder as TorchScript, batch 1 and 2. Not to be changed."""
+    name = request.param.name
+    output = tmp_path_factory.mktemp(name) / name
+    return export(name, weights="random:3", formats=("torchscript",), batch=(1, 2), output=output)
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny ViT as TorchScript, batch 1, 2 and 4. Not to be changed."""
+    output = tmp_path_factory.mktemp("npu") / "tiny-vit"
+    return export("tiny-vit", weights="random:3", formats=("torchscript",), batch=(1, 2, 4), output=output)
+
+
+@pytest.fixture
+def command(simulated_npu: Callable[..., dict[str, str]]) -> Run:
+    """Run the real command line where the simulated NPU is found."""
+
+    def run(*arguments: str | Path, **switches: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, str(HERE.parent / "tiny.py"), "npu-runtime", *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=300, env=simulated_npu(**switches))
+
+    return run
+
+
+@pytest.fixture
+def script(simulated_npu: Callable[..., dict[str, str]]) -> Run:
+    """Run Python where the simulated NPU is found; it must end well."""
+
+    def run(code: str, *arguments: str | Path, **switches: str) -> subprocess.CompletedProcess[str]:
+        prologue = f"import sys; sys.path.insert(0, {str(HERE.parent)!r})\nimport tiny; tiny.register()\n"
+        line = [sys.executable, "-c", prologue + code, *map(str, arguments)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=simulated_npu(**switches))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def conditions(record: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = record["programs"][0]["conditions"]
+    return found
+
+
+def test_torchscript_of_every_family_agrees_with_the_reference_and_runs_nothing_on_the_cpu(
+    family_artifact: Path, command: Run, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    done = command("verify", family_artifact, *NPU, "--json", SIMULATED_NPU_LOG=str(log))
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout)
+    assert record["passed"] is True
+    assert {row["device"] for row in record["programs"]} == {"npu:0"}
+    assert all(row["metrics"]["max_abs_error"] < 1e-5 for row in record["programs"])
+    report = conditions(record)
+    assert report["fallback"] == []
+    assert report["numerics"]["torch.npu.conv.allow_hf32"] is False
+    assert max(report["arithmetic"].values()) < 1e-6
+    events = log.read_text("utf-8").split("\n")
+    assert not [event for event in events if event.startswith("fallback")]
+    first_forward = min(i for i, event in enumerate(events) if event.split(" ")[0] in ("conv", "gelu"))
+    for setting in ("conv.allow_hf32 False", "matmul.allow_hf32 False", "use_compatible_impl True"):
+        assert events.index(setting) < first_forward
+    assert "conv hf32" not in events
+    assert "gelu tanh" not in events
+
+
+def test_eager_of_every_family_agrees_with_the_reference(script: Run, family_artifact: Path) -> None:
+    done = script(
+        """
+from npu_runtime.artifact.store import open_artifact
+from npu_runtime.parity.verify import measure_parity
+for row in measure_parity(open_artifact(sys.argv[1]), backend="eager", device="npu:1"):
+    assert row.passed and row.conditions.fallback == (), row
+    print(row.device, row.batch, row.metrics.max_abs_error)
+""",
+        family_artifact,
+    )
+    assert done.stdout.startswith("npu:1 1 ")
+
+
+def test_hf32_that_is_left_on_fails_parity_and_is_named(command: Run, tmp_path: Path) -> None:
+    output = export("tiny-convnext", weights="random:3", formats=("torchscript",), output=tmp_path / "convnext")
+    done = command("verify", output, *NPU, "--numerics", "fast", "--json")
+    assert done.returncode == 3, done.stdout + done.stderr
+    report = conditions(json.loads(done.stdout))
+    assert report["numerics"]["numerics"] == "fast"
+    assert report["numerics"]["torch.npu.conv.allow_hf32"] is True
+    assert report["arithmetic"]["conv"] > 1e-5
+
+
+def test_a_switch_thrown_beside_an_open_encoder_is_found_and_all_are_put_back(script: Run, artifact: Path) -> None:
+    script(
+        """
+import torch, npu_runtime, numpy as np
+import torch_npu
+assert (torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32) == (True, False)
+encoder = npu_runtime.load(sys.argv[1], device="npu:0")
+assert torch.npu.conv.allow_hf32 is False
+encoder.report()
+torch.npu.conv.allow_hf32 = True
+try:
+    encoder.report()
+except npu_runtime.ProgramError as error:
+    assert "conv.allow_hf32=True, expected False" in error.got
+else:
+    raise SystemExit("not found")
+torch.npu.matmul.allow_hf32 = True
+encoder.close()
+assert (torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32) == (True, False)
+""",
+        artifact,
+    )
+
+
+def test_a_gelu_before_the_encoder_was_loaded_makes_strict_numerics_impossible(script: Run, artifact: Path) -> None:
+    script(
+        """
+import torch, npu_runtime
+torch.nn.functional.gelu(torch.ones(3, device="npu:0"))
+try:
+    npu_runtime.load(sys.argv[1], device="npu:0")
+except npu_runtime.ProgramError as error:
+    assert error.what.startswith("gelu is not exact float32 on npu:0") and error.where == "aten::gelu", error
+    assert "before anything else" in error.hint
+else:
+    raise SystemExit("loaded")
+assert torch.npu.conv.allow_hf32 is True
+npu_runtime.load(sys.argv[1], device="npu:0", numerics="fast").close()
+""",
+        artifact,
+    )
+
+
+def test_without_the_exact_gelu_only_encoders_that_use_it_are_refused(
+    command: Run, artifact: Path, tmp_path: Path
+) -> None:
+    done = command("verify", artifact, *NPU, "--json", SIMULATED_NPU_COMPATIBLE_IMPL="0")
+    assert (done.returncode, "gelu is not exact" in done.stdout) == (1, True)
+    silu = export("tiny-aimv2", weights="random:3", formats=("torchscript",), output=tmp_path / "aimv2")
+    assert command("verify", silu, *NPU, SIMULATED_NPU_COMPATIBLE_IMPL="0").returncode == 0
+
+
+def test_an_operator_without_a_kernel_is_refused_by_name_unless_it_is_allowed(command: Run, artifact: Path) -> None:
+    """By torch_npu's variable where its version has one, which the command sets, else by the table of kernels."""
+    refused = command("verify", artifact, *NPU, "--json", SIMULATED_NPU_MISSING="aten::gelu")
+    assert refused.returncode == 4, refused.stdout + refused.stderr
+    assert json.loads(refused.stdout)["error"]["got"] == "aten::gelu"
+    allowed = command("verify", artifact, *NPU, "--allow-fallback", "--json", SIMULATED_NPU_MISSING="aten::gelu")
+    assert allowed.returncode == 0, allowed.stdout + allowed.stderr
+    assert conditions(json.loads(allowed.stdout))["fallback"] == ["aten::gelu"]
+    told = command("verify", artifact, *NPU, "--allow-fallback", SIMULATED_NPU_MISSING="aten::gelu")
+    assert "on the CPU, as was allowed: aten::gelu" in told.stdout
+
+
+def test_an_operator_that_fell_back_before_and_warns_no_more_is_still_found(script: Run, artifact: Path) -> None:
+    script(
+        """
+import npu_runtime, torch, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    torch.nn.functional.gelu(torch.ones(3, device="npu:0"))
+assert "will fall back to run on the CPU" in str(caught[0].message)
+try:
+    npu_runtime.load(sys.argv[1], device="npu:0")
+except npu_runtime.UnavailableError as error:
+    assert error.got == "aten::gelu", error
+else:
+    raise SystemExit("loaded")
+""",
+        artifact,
+        SIMULATED_NPU_MISSING="aten::gelu",
+    )
+
+
+class BakedLiteral(torch.nn.Module):
+    """Adds what tracing makes of `torch.arange` without a device: a tensor on the CPU, for ever."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = x.flatten(1)[:, : 17 * 64].reshape(-1, 17, 64) + torch.arange(64)
+        return tokens[:, 0], tokens
+
+
+def test_a_program_with_a_baked_cpu_literal_is_refused(
+    command: Run, artifact: Path, tmp_path: Path, rewrite: Callable[..., None]
+) -> None:
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    shapes = {f"b{batch}": torch.zeros(batch, 3, 32, 32) for batch in (1, 2, 4)}
+
+    class Entries(BakedLiteral):
+        def b1(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.forward(x)
+
+        b2 = b4 = b1
+
+    with without_jit_deprecation():  # not frozen: freezing folds this literal into a constant, which can be moved
+        torch.jit.save(torch.jit.trace_module(Entries().eval(), shapes), str(copy / "model.ts"))
+    rewrite(copy)
+    done = command("verify", copy, *NPU, "--json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert "devices" in error["what"] or "on the CPU" in error["what"]
+    assert "baked" in error["next"]
+    assert command("verify", copy, "--device", "cpu").returncode == 3
+
+
+def test_graphs_are_captured_replayed_and_compared_with_plain_calls(
+    command: Run, artifact: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    done = command("verify", artifact, *NPU, "--graph", "on", "--json", SIMULATED_NPU_LOG=str(log))
+    assert done.returncode == 0, done.stdout + done.stderr
+    graphs = [row["conditions"]["graphs"] for row in json.loads(done.stdout)["programs"]]
+    assert {graph["batch"] for row in graphs for graph in row} == {1, 2, 4}
+    assert all((graph["replayed"], graph["max_abs_difference"]) == (True, 0.0) for row in graphs for graph in row)
+    events = log.read_text("utf-8").split("\n")
+    assert events.count("capture") == 3
+    assert events.count("replay") > 3
+
+
+@pytest.mark.parametrize(
+    ("switch", "value", "reason"),
+    [("SIMULATED_NPU_CAPTURE", "fail", ""), ("TASK_QUEUE_ENABLE", "2", "TASK_QUEUE_ENABLE")],
+)
+def test_a_capture_that_fails_leaves_plain_calls_and_says_why_unless_it_was_required(
+    command: Run, artifact: Path, switch: str, value: str, reason: str
+) -> None:
+    done = command("verify", artifact, *NPU, "--json", **{switch: value})
+    assert done.returncode == 0, done.stdout + done.stderr
+    graphs = conditions(json.loads(done.stdout))["graphs"]
+    assert [graph["replayed"] for graph in graphs] == [False] * len(graphs)
+    assert all(graph["reason"].startswith("capture failed") and reason in graph["reason"] for graph in graphs)
+    required = command("verify", artifact, *NPU, "--graph", "on", "--json", **{switch: value})
+    assert required.returncode == 4
+    assert "cannot be captured" in json.loads(required.stdout)["error"]["what"]
+
+
+def test_threads_and_batch_sizes_share_graphs_and_every_caller_keeps_its_results(script: Run, artifact: Path) -> None:
+    script(
+        """
+import numpy as np, npu_runtime
+from concurrent.futures import ThreadPoolExecutor
+images = [np.random.default_rng(seed).standard_normal((1 + seed % 7, 3, 32, 32), np.float32) for seed in range(24)]
+with npu_runtime.load(sys.argv[1], device="cpu", backend="torchscript") as cpu:
+    expected = [cpu.run(x) for x in images]
+with npu_runtime.load(sys.argv[1], device="npu:0", graph=True) as npu, ThreadPoolExecutor(8) as pool:
+    kept = list(pool.map(npu.run, images))
+    for got, want in zip(kept, expected):
+        for name in want:
+            assert np.abs(got[name] - want[name]).max() < 1e-5, name
+            assert got[name].flags.owndata and got[name].flags.writeable
+""",
+        artifact,
+    )
+
+
+def test_a_closed_encoder_gives_its_memory_back_and_others_stay_open(script: Run, artifact: Path) -> None:
+    script(
+        """
+import numpy as np, npu_runtime, torch
+x = np.ones((3, 3, 32, 32), np.float32)
+npu_runtime.load(sys.argv[1], device="npu:0").close()  # what the first start keeps
+before = torch.npu.memory_allocated(0)
+with npu_runtime.load(sys.argv[1], device="npu:0", graph=True) as first:
+    one = torch.npu.memory_allocated(0) - before
+    assert one > 4 * 113_600, one
+    with npu_runtime.load(sys.argv[1], device="npu:0", graph=False) as second:
+        assert torch.npu.memory_allocated(0) > before + one
+        kept = second(x)
+    assert torch.npu.memory_allocated(0) == before + one
+    assert np.array_equal(first(x), kept)
+assert torch.npu.memory_allocated(0) == before
+try:
+    first(x)
+except npu_runtime.UsageError as error:
+    assert "closed" in error.what
+else:
+    raise SystemExit("it ran")
+""",
+        artifact,
+    )
+
+
+def test_a_load_that_fails_leaves_no_memory_and_no_settings_behind(script: Run, artifact: Path) -> None:
+    script(
+        """
+import npu_runtime, torch
+torch.ones(1, device="npu:0")
+before = torch.npu.memory_allocated(0)
+try:
+    npu_runtime.load(sys.argv[1], device="npu:0")
+except npu_runtime.UnavailableError as error:
+    assert error.got == "aten::gelu", error
+else:
+    raise SystemExit("loaded")
+assert torch.npu.memory_allocated(0) <= before
+assert torch.npu.conv.allow_hf32 is True
+""",
+        artifact,
+        SIMULATED_NPU_MISSING="aten::gelu",
+    )
+
+
+def test_a_forked_child_is_told_to_spawn(script: Run, artifact: Path) -> None:
+    script(
+        """
+import multiprocessing, numpy as np, npu_runtime, warnings
+warnings.simplefilter("ignore")
+x = np.ones((1, 3, 32, 32), np.float32)
+encoder = npu_runtime.load(sys.argv[1], device="npu:0")
+def child(queue):
+    try:
+        encoder(x)
+    except npu_runtime.UsageError as error:
+        queue.put(str(error))
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=child, args=(queue,))
+process.start()
+told = queue.get(timeout=60)
+process.join()
+assert "forked after npu:0 was started" in told and "spawn" in told, told
+encoder(x)
+""",
+        artifact,
+    )
+
+
+@pytest.mark.parametrize("failure", ["no-cann", "no-cann-exit", "cuda"])
+def test_a_torch_npu_that_does_not_import_says_what_to_do_for_the_npu_and_for_the_cpu(
+    command: Run, artifact: Path, failure: str
+) -> None:
+    advice = "+cpu" if failure == "cuda" else "set_env.sh"
+    for device in ("npu:0", "cpu"):
+        done = command("verify", artifact, "--device", device, "--json", SIMULATED_NPU_IMPORT=failure)
+        assert done.returncode == 4, done.stdout + done.stderr
+        assert advice in json.loads(done.stdout)["error"]["next"]
+    without = {"SIMULATED_NPU_IMPORT": failure, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    assert command("verify", artifact, "--device", "cpu", **without).returncode == 0
+    assert command("verify", artifact, *NPU, "--json", **without).returncode == 4
+
+
+def test_devices_that_are_not_there_are_told_apart(command: Run, artifact: Path) -> None:
+    beyond = command("verify", artifact, "--device", "npu:7", "--json")
+    assert (beyond.returncode, json.loads(beyond.stdout)["error"]["expected"]) == (4, "npu:0, npu:1")
+    none = command("verify", artifact, *NPU, "--json", SIMULATED_NPU_COUNT="0", ASCEND_RT_VISIBLE_DEVICES="")
+    assert (none.returncode, json.loads(none.stdout)["error"]["got"]) == (4, "0 devices, ASCEND_RT_VISIBLE_DEVICES=")
+    other = command("verify", artifact, *NPU, "--json", version="2.1.0")
+    assert (other.returncode, "belongs to another torch" in other.stdout) == (4, True)
+
+
+def test_bench_and_embed_run_on_the_npu_and_record_the_conditions(command: Run, artifact: Path, tmp_path: Path) -> None:
+    done = command("bench", artifact, *NPU, "--iterations", "2", "--warmup", "1", "--batch", "1", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout)
+    assert {row["backend"] for row in record["rows"]} == {"eager", "torchscript"}
+    assert {report["numerics"]["numerics"] for report in record["conditions"].values()} == {"strict"}
+    Image.new("RGB", (40, 30), (200, 10, 60)).save(tmp_path / "a.png")
+    output = tmp_path / "features.npy"
+    done = command("embed", artifact, tmp_path / "a.png", *NPU, "--output", output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "numerics  torchscript: strict (npu.conv.allow_hf32 False" in done.stdout
+    assert output.is_file()

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import npu_runtime
+from npu_runtime import ProgramError, UsageError
+from npu_runtime.devices import CPU, Device, numerics
+from npu_runtime.devices.numerics import Arithmetic, HeldNumerics, Setting, measure_arithmetic, require_strict
+
+DEVICE = Device("npu", 0)
+
+
+@pytest.fixture
+def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
+    """A library with a switch that can be read and one that cannot, for the device's kind."""
+    library = types.SimpleNamespace(hf32=True, format=None)
+    settings = [
+        Setting("lib.hf32", False, True, lambda value: setattr(library, "hf32", value), lambda: library.hf32),
+        Setting("lib.format", False, False, lambda value: setattr(library, "format", value), None),
+    ]
+    monkeypatch.setattr(numerics, "settings_of", lambda device: settings)
+    yield library
+    assert not numerics._PROCESS.held
+
+
+def test_strict_sets_every_switch_and_release_puts_back_what_it_found(switches: types.SimpleNamespace) -> None:
+    held = HeldNumerics(DEVICE, "strict")
+    assert (switches.hf32, switches.format) == (False, False)
+    assert held.describe() == {"numerics": "strict", "lib.hf32": False, "lib.format": False}
+    held.release()
+    held.release()
+    assert switches.hf32 is True
+
+
+def test_what_was_there_before_the_first_is_put_back_after_the_last(switches: types.SimpleNamespace) -> None:
+    first, second = HeldNumerics(DEVICE, "strict"), HeldNumerics(DEVICE, "strict")
+    first.release()
+    assert switches.hf32 is False
+    second.release()
+    assert switches.hf32 is True
+
+
+def test_other_numerics_beside_an_open_encoder_are_refused_until_it_is_closed(switches: types.SimpleNamespace) -> None:
+    held = HeldNumerics(DEVICE, "strict")
+    with pytest.raises(UsageError, match="other numerics is open on npu") as caught:
+        HeldNumerics(DEVICE, "fast")
+    assert "lib.hf32=False" in str(caught.value.expected)
+    assert switches.hf32 is False
+    held.release()
+    with HeldNumerics(DEVICE, "fast") as fast:
+        assert fast.describe()["lib.hf32"] is True
+
+
+def test_a_switch_that_is_changed_beside_an_open_encoder_is_found(switches: types.SimpleNamespace) -> None:
+    with HeldNumerics(DEVICE, "strict") as held:
+        held.check()
+        switches.hf32 = True
+        with pytest.raises(ProgramError, match="strict numerics were changed") as caught:
+            held.check()
+        assert caught.value.got == "lib.hf32=True, expected False"
+
+
+def test_a_switch_that_cannot_be_set_leaves_the_others_as_they_were(
+    switches: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(value: object) -> None:
+        raise RuntimeError("no such option")
+
+    settings = [*numerics.settings_of(DEVICE)[:1], Setting("lib.bad", False, False, refuse, None)]
+    monkeypatch.setattr(numerics, "settings_of", lambda device: settings)
+    with pytest.raises(RuntimeError, match="no such option"):
+        HeldNumerics(DEVICE, "strict")
+    assert switches.hf32 is True
+
+
+def test_the_cpus_arithmetic_is_measured_as_float32() -> None:
+    arithmetic = measure_arithmetic(torch.device("cpu"))
+    assert arithmetic.inexact() == []
+    assert 0 < arithmetic.matmul < 1e-6
+    assert 0 < arithmetic.gelu < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [("matmul", "aten::addmm"), ("matmul", "aten::scaled_dot_product_attention"), ("conv", "aten::_convolution")]
+    + [("gelu", "aten::gelu")],
+)
+def test_an_operator_that_is_not_exact_is_refused_where_the_program_runs_it(name: str, operator: str) -> None:
+    inexact = Arithmetic(**{"matmul": 1e-7, "conv": 1e-7, "gelu": 1e-7, name: 4e-4})
+    assert inexact.inexact() == [name]
+    require_strict(inexact, {"aten::add", "aten::layer_norm"}, DEVICE)
+    with pytest.raises(ProgramError, match=f"{name} is not exact float32 on npu:0") as caught:
+        require_strict(inexact, {"aten::add", operator}, DEVICE)
+    assert (caught.value.where, caught.value.got) == (operator, "4.0e-04, measured on the device")
+
+
+def test_a_tanh_gelu_is_measured_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = torch.nn.functional.gelu
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: exact(x, approximate="tanh"))
+    assert measure_arithmetic(torch.device("cpu")).inexact() == ["gelu"]
+
+
+def test_products_of_rounded_inputs_are_measured_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        """As HF32 and TF32 do, 10 bits behind the leading one."""
+        return x if x.dtype == torch.float64 else ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    matmul, conv2d = torch.matmul, torch.nn.functional.conv2d
+    monkeypatch.setattr(torch, "matmul", lambda a, b: matmul(rounded(a), rounded(b)))
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, w: conv2d(rounded(x), rounded(w)))
+    assert measure_arithmetic(torch.device("cpu")).inexact() == ["matmul", "conv"]
+
+
+def test_unknown_numerics_are_wrong_usage(tiny_artifact: Path) -> None:
+    with pytest.raises(UsageError, match="unknown numerics"):
+        npu_runtime.load(tiny_artifact, numerics="exact")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no precision switch for the CPU"
+)
+def test_the_cpu_computes_in_float32_whatever_the_process_asked_torch_for(tiny_artifact: Path) -> None:
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        with npu_runtime.load(tiny_artifact, backend="torchscript") as encoder:
+            assert encoder.report().numerics["torch.backends.mkldnn.matmul.fp32_precision"] == "ieee"
+            encoder(np.zeros((1, 3, 32, 32), np.float32))
+            switch.fp32_precision = "bf16"
+            with pytest.raises(ProgramError, match="numerics were changed"):
+                encoder.report()
+        assert switch.fp32_precision == "bf16"
+    finally:
+        switch.fp32_precision = before
+    assert CPU.traits.graph_class is None
