@@ -15,6 +15,7 @@ COMMANDS = {
     "verify": "Hashes, then parity against the stored reference, on this device.",
     "bench": "Latency of eager and exported, side by side.",
     "embed": "Features of image files.",
+    "doctor": "What this machine can run, and what to do about the rest.",
 }
 """Subcommand -> its line in the help; `npu_runtime.cli.NAME` defines it."""
 
