@@ -18,7 +18,7 @@ from npu_export.checkpoint import (
     shard_names,
 )
 from npu_export.errors import CheckpointError
-from npu_runtime.errors import UnavailableError
+from npu_runtime.errors import UnavailableError, first_line
 
 
 class NoAnswerError(Exception):
@@ -27,7 +27,7 @@ class NoAnswerError(Exception):
 
 def no_answer(reason: BaseException) -> NoAnswerError:
     """What a client raised, in one line."""
-    return NoAnswerError(f"{type(reason).__name__}: {(str(reason).strip() or repr(reason)).splitlines()[0]}")
+    return NoAnswerError(f"{type(reason).__name__}: {first_line(reason)}")
 
 
 Get = Callable[[str, str, str | None, bool], Path | None]

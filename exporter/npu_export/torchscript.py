@@ -15,7 +15,7 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from npu_runtime.artifact.schema import TensorSpec
-from npu_runtime.errors import Error
+from npu_runtime.errors import Error, first_line
 from npu_runtime.torch_interop import without_jit_deprecation
 
 OVERHEAD_NBYTES = 8 << 20
@@ -57,7 +57,7 @@ def write_torchscript(program: torch.jit.ScriptModule, path: Path, weights_nbyte
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error):
             raise
-        raise Error("the TorchScript file could not be written", where=path, got=str(error).splitlines()[0]) from error
+        raise Error("the TorchScript file could not be written", where=path, got=first_line(error)) from error
 
 
 def _require_room(path: Path, nbytes: int) -> None:

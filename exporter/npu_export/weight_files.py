@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from npu_export.errors import CheckpointError
 from npu_export.random_weights import parse_seed
+from npu_runtime.errors import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -193,7 +194,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
             "the pickle needs code to load, which is refused because it could do anything",
             where=file,
             expected="a state dict that torch.load(weights_only=True) reads",
-            got=str(error).strip().splitlines()[0],
+            got=first_line(error),
             hint="save model.state_dict() from a program that you trust, best as safetensors",
         ) from error
     except Exception as error:  # a damaged pickle fails wherever its opcodes lead: IndexError, struct.error, …
@@ -201,7 +202,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
             "the file is no whole torch file",
             where=file,
             expected="a state dict written by torch.save",
-            got=f"{file.stat().st_size} bytes: {str(error).strip().splitlines()[0] if str(error) else error!r}",
+            got=f"{file.stat().st_size} bytes: {first_line(error)}",
             hint="the download may have stopped early; fetch it again and compare its sha256",
         ) from error
     if not isinstance(state, dict):

@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def first_line(said: object) -> str:
+    """The first line that says something, of a text or of an error's message; an error without one gives its type."""
+    lines = (line.strip() for line in str(said).splitlines())
+    return next(filter(None, lines), type(said).__name__ if isinstance(said, BaseException) else "")
+
+
 class Error(Exception):
     """Base of every error that this project raises on purpose.
 

@@ -5,7 +5,16 @@ import pickle
 import pytest
 
 import npu_runtime
-from npu_runtime.errors import ArtifactError, Error, InputError, ParityError, ProgramError, UnavailableError, UsageError
+from npu_runtime.errors import (
+    ArtifactError,
+    Error,
+    InputError,
+    ParityError,
+    ProgramError,
+    UnavailableError,
+    UsageError,
+    first_line,
+)
 
 
 def test_a_message_gives_what_where_expected_got_and_what_to_do_next() -> None:
@@ -53,3 +62,17 @@ def test_an_error_survives_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(InputError("it broke", where="a", expected=1, got=2, hint="mend it")))
     assert type(error) is InputError
     assert error.fields() == {"what": "it broke", "where": "a", "expected": "1", "got": "2", "next": "mend it"}
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("\n  one \ntwo", "one"),
+        ("", ""),
+        (RuntimeError("\nCUDA error\nmore"), "CUDA error"),
+        (RuntimeError(), "RuntimeError"),
+        (MemoryError(" \n"), "MemoryError"),
+    ],
+)
+def test_the_first_line_that_says_something_or_the_kind_of_an_error_that_says_nothing(said: object, line: str) -> None:
+    assert first_line(said) == line

@@ -13,7 +13,7 @@ from npu_runtime.artifact.schema import Program
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.devices import Device
 from npu_runtime.devices.numerics import Arithmetic, Numerics
-from npu_runtime.errors import ArtifactError, UnavailableError, UsageError
+from npu_runtime.errors import ArtifactError, UnavailableError, UsageError, first_line
 
 Array = npt.NDArray[np.float32]
 GraphChoice = Literal["auto"] | bool
@@ -134,6 +134,6 @@ def unreadable_program(file: object, error: Exception, package: str) -> Artifact
     return ArtifactError(
         f"{package} does not open this program",
         where=file,
-        got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+        got=first_line(error),
         hint=f"compare the version of {package} here with the one in the manifest's provenance",
     )

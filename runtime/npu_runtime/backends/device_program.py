@@ -14,7 +14,7 @@ import torch
 from npu_runtime.backends.base import Array, GraphReport, StageTimes
 from npu_runtime.devices.accelerator import Accelerator
 from npu_runtime.devices.operators import Operators, watch_operators
-from npu_runtime.errors import UnavailableError
+from npu_runtime.errors import UnavailableError, first_line
 
 Call = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
@@ -60,7 +60,7 @@ class DeviceProgram:
                 with self.accelerator.capture(graph, pool, stream):
                     captured = self._plain()
         except (RuntimeError, AttributeError) as error:
-            reason = f"capture failed: {str(error).strip().splitlines()[0]}"
+            reason = f"capture failed: {first_line(error)}"
             if not required:
                 return GraphReport(batch, False, reason, None, None)
             raise UnavailableError(

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_runtime.devices.device import Device
-from npu_runtime.errors import ProgramError, UnavailableError
+from npu_runtime.errors import ProgramError, UnavailableError, first_line
 
 COMPOSITE_KEYS = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
 """torch's keys of kernels that call other operators, and so run wherever those do."""
@@ -131,7 +131,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _explain(error: RuntimeError, mode: _Watch, device: Device) -> ProgramError | UnavailableError:
     """The error of a first run: an operator that was refused, devices that were mixed, or what it is."""
-    text = str(mode.error or error)
+    cause = mode.error or error
+    text = str(cause)
     refused = _REFUSED.search(text)
     if refused:
         return UnavailableError(
@@ -145,6 +146,6 @@ def _explain(error: RuntimeError, mode: _Watch, device: Device) -> ProgramError 
         "the program mixes devices" if mixed else f"the program does not run on {device}",
         where=mode.last or None,
         expected=f"every tensor on {device}" if mixed else None,
-        got=next((line for line in reversed(text.splitlines()) if "rror" in line), text.strip().splitlines()[0]),
+        got=first_line(cause),
         hint="a device literal or a constant of the CPU is baked into it; export it again" if mixed else None,
     )

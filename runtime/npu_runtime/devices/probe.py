@@ -8,7 +8,7 @@ from typing import Any
 
 from npu_runtime.devices.device import CPU, Device, parse_device
 from npu_runtime.devices.torch_import import import_torch, import_torch_npu
-from npu_runtime.errors import UnavailableError
+from npu_runtime.errors import UnavailableError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def _start(device: Device) -> str:
     except RuntimeError as error:
         raise UnavailableError(
             f"{device} does not start",
-            got=str(error).strip().splitlines()[0],
+            got=first_line(error),
             hint="npu-runtime doctor says what is missing; --device cpu runs without",
         ) from error
 

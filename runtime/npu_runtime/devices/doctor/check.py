@@ -34,8 +34,3 @@ def release(version: str) -> tuple[int, ...]:
     """`(2, 9, 0)` of `2.9.0.post1+git…`: the numbers that say how old it is."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(number) for number in match[0].split(".")) if match else ()
-
-
-def first_line(text: str) -> str:
-    """The first line that says something, for a table's cell."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -17,10 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from npu_runtime.devices.device import Device
-from npu_runtime.devices.doctor.check import first_line
 from npu_runtime.devices.probe import Probe, probe_device
 from npu_runtime.devices.torch_import import import_torch, import_torch_npu
-from npu_runtime.errors import UnavailableError
+from npu_runtime.errors import UnavailableError, first_line
 
 ASCEND = Path("/usr/local/Ascend")
 """Where the installers of CANN and of the driver put them."""

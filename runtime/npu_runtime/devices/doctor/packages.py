@@ -7,9 +7,9 @@ import platform
 import sys
 from collections.abc import Iterator
 
-from npu_runtime.devices.doctor.check import Check, first_line, release
+from npu_runtime.devices.doctor.check import Check, release
 from npu_runtime.devices.doctor.machine import Machine, Package, installed_version, look
-from npu_runtime.errors import UnavailableError
+from npu_runtime.errors import UnavailableError, first_line
 
 PYTHONS = ((3, 10), (3, 13))
 """The oldest and the newest that are supported."""
