@@ -26,6 +26,7 @@ from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.bench.measure import measure_latency
 from npu_runtime.devices import parse_device
+from npu_runtime.devices.accelerator import Accelerator
 from npu_runtime.devices.probe import probe_device
 from npu_runtime.environment import describe_environment
 from npu_runtime.parity.verify import measure_parity
@@ -79,12 +80,12 @@ def main() -> None:
                     precision=precision,
                     output=Path(folder) / encoder,
                 )
-                with open_all(artifact, arguments.device, arguments.batch) as encoders:
+                with open_all(artifact, arguments.device, arguments.batch) as (encoders, memory):
                     for timing in time_all(encoders, precision, arguments.batch, arguments.rounds):
                         timings.append(timing)
                         print_timing(timing)
                     conditions[f"{encoder} {precision}"] = {
-                        way: to_json(opened.report()) for way, opened in encoders.items()
+                        way: {**to_json(opened.report()), **memory[way]} for way, opened in encoders.items()
                     }
     record = {
         "record": "benchmark on a device",
@@ -99,18 +100,24 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def open_all(path: Path, device: str, batches: Sequence[int]) -> Iterator[dict[str, Encoder]]:
-    """Every way to run the artifact, each checked against the stored reference first."""
-    artifact = open_artifact(path)
+def open_all(
+    path: Path, device: str, batches: Sequence[int]
+) -> Iterator[tuple[dict[str, Encoder], dict[str, dict[str, int]]]]:
+    """Every way to run the artifact, each checked against the stored reference first, and the memory that it takes."""
+    artifact, accelerator = open_artifact(path), Accelerator(parse_device(device))
     with contextlib.ExitStack() as stack:
-        encoders = {}
+        encoders, memory = {}, {}
         for way, (backend, graph) in WAYS.items():
             rows = measure_parity(artifact, backend=backend, device=device, graph=graph)
             if far := [row for row in rows if not row.passed]:
                 raise SystemExit(f"{way} is farther from the reference than its tolerance: {far[0]}")
+            before = accelerator.memory().allocated_nbytes
+            accelerator.reset_peak()
             opened = load(artifact, backend=backend, device=device, batches=batches, graph=graph)
             encoders[way] = stack.enter_context(opened)
-        yield encoders
+            now = accelerator.memory()
+            memory[way] = {"held_nbytes": now.allocated_nbytes - before, "peak_nbytes": now.peak_nbytes - before}
+        yield encoders, memory
 
 
 def time_all(encoders: dict[str, Encoder], precision: str, batches: Sequence[int], rounds: int) -> Iterator[Timing]:

@@ -261,6 +261,27 @@ def test_a_capture_that_fails_leaves_plain_calls_and_says_why_unless_it_was_requ
     assert "cannot be captured" in json.loads(required.stdout)["error"]["what"]
 
 
+def test_a_torch_npu_without_graphs_leaves_plain_calls_unless_they_are_required(script: Run, artifact: Path) -> None:
+    script(
+        """
+import npu_runtime, torch
+del torch.npu.NPUGraph, torch.npu.graph_pool_handle
+with npu_runtime.load(sys.argv[1], device="npu:0") as encoder:
+    reports = encoder.report().graphs
+    assert [report.batch for report in reports] == [1, 2, 4]
+    assert all(not report.replayed and "graph_pool_handle" in report.reason for report in reports), reports
+try:
+    npu_runtime.load(sys.argv[1], device="npu:0", graph=True)
+except npu_runtime.UnavailableError as error:
+    assert "cannot be captured" in error.what
+else:
+    raise SystemExit("loaded")
+assert torch.npu.conv.allow_hf32 is True
+""",
+        artifact,
+    )
+
+
 def test_threads_and_batch_sizes_share_graphs_and_every_caller_keeps_its_results(script: Run, artifact: Path) -> None:
     script(
         """

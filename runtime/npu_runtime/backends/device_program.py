@@ -44,7 +44,7 @@ class DeviceProgram:
         """What one run calls, and its outputs; raises ProgramError when it mixes devices."""
         return watch_operators(self.accelerator.device, lambda: self._plain())
 
-    def capture(self, pool: Any, stream: Any, *, required: bool) -> GraphReport:
+    def capture(self, *, required: bool) -> GraphReport:
         """Record the program once for replay, and compare a replay with a plain call on the same input.
 
         Unless it is `required`, a capture that fails, or a replay that is slower, leaves plain calls and says so.
@@ -53,13 +53,13 @@ class DeviceProgram:
         batch = len(self._input)
         try:
             with torch.inference_mode():
-                with self.accelerator.on_stream(stream):
+                with self.accelerator.on_capture_stream():
                     for _ in range(WARMUPS):
                         self._plain()
                 graph = self.accelerator.new_graph()
-                with self.accelerator.capture(graph, pool, stream):
+                with self.accelerator.capture(graph):
                     captured = self._plain()
-        except (RuntimeError, AttributeError) as error:
+        except (RuntimeError, AttributeError) as error:  # AttributeError: this torch_npu has no graphs
             reason = f"capture failed: {first_line(error)}"
             if not required:
                 return GraphReport(batch, False, reason, None, None)

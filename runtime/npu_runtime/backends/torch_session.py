@@ -79,7 +79,6 @@ class TorchSession:
         with accelerator.current():
             arithmetic = measure_arithmetic(accelerator.torch_device)
             calls = programs(self._device, options.batches)
-            pool, stream = (accelerator.graph_pool(), accelerator.side_stream()) if options.graph else (None, None)
             for batch, call in calls.items():
                 program = self._prepared[batch] = DeviceProgram(accelerator, call, self._input.of_batch(batch))
                 operators, outputs = program.first_run()
@@ -90,7 +89,7 @@ class TorchSession:
                     require_strict(arithmetic, operators.names, self._device)
                 fallback.update(dict.fromkeys((*operators.fallback, *operators.host)))
                 if options.graph:
-                    graphs.append(program.capture(pool, stream, required=options.graph is True))
+                    graphs.append(program.capture(required=options.graph is True))
         self._report = SessionReport(self._numerics.describe(), arithmetic, tuple(fallback), tuple(graphs))
 
     def run(self, pixel_values: Array, outputs: Sequence[str]) -> list[Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -94,21 +95,19 @@ class Accelerator:
         except (RuntimeError, NotImplementedError):
             return torch.empty(shape, dtype=dtype, device="cpu")
 
-    def graph_pool(self) -> Any:
-        """A pool of memory that graphs share, which never run at the same time."""
-        return self._module.graph_pool_handle()
+    @functools.cached_property
+    def graph_memory(self) -> tuple[Any, Any]:
+        """A pool that the graphs share, which never run at the same time, and the stream on which they are captured."""
+        return self._module.graph_pool_handle(), self._module.Stream(device=self.device.index)
 
     def new_graph(self) -> Any:
         """An empty graph of this kind of device."""
         return getattr(self._module, str(self.device.traits.graph_class))()
 
-    def side_stream(self) -> Any:
-        """A stream of its own; graphs are not captured on the default one."""
-        return self._module.Stream(device=self.device.index)
-
     @contextlib.contextmanager
-    def on_stream(self, stream: Any) -> Iterator[None]:
-        """Work is queued on `stream`, between what the current stream was given before and what it is given after."""
+    def on_capture_stream(self) -> Iterator[None]:
+        """Work is queued there, between what the current stream was given before and what it is given after."""
+        _, stream = self.graph_memory
         current = self._module.current_stream(self.device.index)
         stream.wait_stream(current)
         with self._module.stream(stream):
@@ -116,8 +115,9 @@ class Accelerator:
         current.wait_stream(stream)
 
     @contextlib.contextmanager
-    def capture(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
+    def capture(self, graph: Any) -> Iterator[None]:
         """Work is recorded in the graph and not run. Other threads may go on using the device."""
+        pool, stream = self.graph_memory
         current = self._module.current_stream(self.device.index)
         # torch's own context does not put the stream back when the end of a failed capture raises.
         with (
