@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ class Result:
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
     """Run a command line in this process, as its script does."""
     before = {ending: signal.getsignal(ending) for ending in (signal.SIGINT, signal.SIGTERM)}
+    environment = dict(os.environ)
 
     def run(program: str, *arguments: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
@@ -58,6 +60,8 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     yield run
     for ending, handler in before.items():
         signal.signal(ending, handler)
+    for name in set(os.environ) - set(environment):  # what a command sets for its own process
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

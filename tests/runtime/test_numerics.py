@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import npu_runtime
 from npu_runtime import ProgramError, UsageError
-from npu_runtime.devices import CPU, Device, numerics
+from npu_runtime.devices import Device, numerics
 from npu_runtime.devices.numerics import Arithmetic, HeldNumerics, Setting, measure_arithmetic, require_strict
 
 DEVICE = Device("npu", 0)
@@ -26,7 +27,7 @@ def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]
     ]
     monkeypatch.setattr(numerics, "settings_of", lambda device: settings)
     yield library
-    assert not numerics._PROCESS.held
+    assert "npu" not in numerics._PROCESS.held
 
 
 def test_strict_sets_every_switch_and_release_puts_back_what_it_found(switches: types.SimpleNamespace) -> None:
@@ -122,21 +123,39 @@ def test_unknown_numerics_are_wrong_usage(tiny_artifact: Path) -> None:
         npu_runtime.load(tiny_artifact, numerics="exact")  # type: ignore[arg-type]
 
 
+def test_what_was_changed_beside_an_open_encoder_is_found_when_another_is_loaded(
+    switches: types.SimpleNamespace,
+) -> None:
+    with HeldNumerics(DEVICE, "strict"):
+        switches.hf32 = True
+        with pytest.raises(ProgramError, match="strict numerics were changed"):
+            HeldNumerics(DEVICE, "strict")
+    assert switches.hf32 is True
+    assert HeldNumerics(DEVICE, "strict").release() is None
+
+
 @pytest.mark.skipif(
     not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no precision switch for the CPU"
 )
 def test_the_cpu_computes_in_float32_whatever_the_process_asked_torch_for(tiny_artifact: Path) -> None:
-    switch = torch.backends.mkldnn.matmul
-    before = switch.fp32_precision
+    """In a process of its own, in which no other encoder is open."""
+    code = """
+import sys, numpy as np, torch, npu_runtime
+switch = torch.backends.mkldnn.matmul
+switch.fp32_precision = "bf16"
+with npu_runtime.load(sys.argv[1], backend="torchscript") as encoder:
+    assert encoder.report().numerics["torch.backends.mkldnn.matmul.fp32_precision"] == "ieee"
+    encoder(np.zeros((1, 3, 32, 32), np.float32))
     switch.fp32_precision = "bf16"
     try:
-        with npu_runtime.load(tiny_artifact, backend="torchscript") as encoder:
-            assert encoder.report().numerics["torch.backends.mkldnn.matmul.fp32_precision"] == "ieee"
-            encoder(np.zeros((1, 3, 32, 32), np.float32))
-            switch.fp32_precision = "bf16"
-            with pytest.raises(ProgramError, match="numerics were changed"):
-                encoder.report()
-        assert switch.fp32_precision == "bf16"
-    finally:
-        switch.fp32_precision = before
-    assert CPU.traits.graph_class is None
+        encoder.report()
+    except npu_runtime.ProgramError as error:
+        assert "numerics were changed" in error.what
+    else:
+        raise SystemExit("not found")
+assert switch.fp32_precision == "bf16"
+npu_runtime.load(sys.argv[1], backend="torchscript")  # nobody closes it
+assert switch.fp32_precision == "bf16"
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_artifact)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

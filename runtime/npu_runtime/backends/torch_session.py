@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,6 +40,7 @@ def open_torch_session(artifact: Artifact, device: Device, options: Options, pro
         raise UsageError("graph replay needs an accelerator", expected="device cuda:N or npu:N", got=f"device {device}")
     numerics = HeldNumerics(device, options.numerics)
     session = TorchSession(artifact, device, options, numerics)
+    weakref.finalize(session, numerics.release)  # of an encoder that nobody closed
     try:
         session.open(programs)
     except BaseException:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from npu_runtime.devices.device import Device
-from npu_runtime.errors import ProgramError, UsageError
+from npu_runtime.errors import Error, ProgramError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -129,15 +129,21 @@ class HeldNumerics:
         with _PROCESS.lock:
             current = _PROCESS.held.get(self._kind)
             if current is None:
-                current = _PROCESS.held[self._kind] = _Held(values, _apply(self._settings, numerics))
-            elif current.values != values:
+                _PROCESS.held[self._kind] = _Held(values, _apply(self._settings, numerics))
+                return
+            current.holders += 1  # before anything else: the collector may end another holder at any allocation
+        try:
+            if current.values != values:
                 raise UsageError(
                     f"an encoder with other numerics is open on {device.kind}",
                     expected=", ".join(f"{name}={value}" for name, value in current.values.items()),
                     got=f"numerics {numerics}, which sets {', '.join(f'{n}={v}' for n, v in values.items())}",
                     hint="these are settings of the whole process: close the other encoder, or load both alike",
                 )
-            current.holders += 1
+            self.check()
+        except Error:
+            self.release()
+            raise
 
     def __enter__(self) -> HeldNumerics:
         return self
@@ -151,7 +157,7 @@ class HeldNumerics:
         return {"numerics": self.numerics, **now}
 
     def check(self) -> None:
-        """Raise ProgramError when something else in the process changed a setting since."""
+        """Raise ProgramError when something else in the process changed a setting since it was set."""
         changed = [
             f"{setting.name}={setting.read()}, expected {setting.value(self.numerics)}"
             for setting in self._settings
@@ -182,14 +188,14 @@ class HeldNumerics:
 class _Held:
     values: dict[str, object]
     restore: list[Callable[[], object]]
-    holders: int = 0
+    holders: int = 1
 
 
 class _Process:
     """What open encoders hold, by kind of device. The settings are the process's, and so is this."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # the collector may release one in the thread that takes another
         self.held: dict[str, _Held] = {}
 
 
