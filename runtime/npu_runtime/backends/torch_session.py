@@ -40,7 +40,7 @@ def open_torch_session(artifact: Artifact, device: Device, options: Options, pro
         raise UsageError("graph replay needs an accelerator", expected="device cuda:N or npu:N", got=f"device {device}")
     numerics = HeldNumerics(device, options.numerics)
     session = TorchSession(artifact, device, options, numerics)
-    weakref.finalize(session, numerics.release)  # of an encoder that nobody closed
+    weakref.finalize(session, numerics.release).atexit = False  # of an encoder that nobody closed
     try:
         session.open(programs)
     except BaseException:
