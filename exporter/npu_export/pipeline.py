@@ -91,8 +91,7 @@ def run_export(plan: ExportPlan, steps: Steps) -> Path:
     """Carry out a plan; see `export`."""
     request = plan.request
     _check_disk(plan)
-    # The reference is float32 as float32, whatever the process that called asked torch for.
-    with HeldNumerics(CPU, "strict"), stage(request.output, force=request.force) as folder:
+    with stage(request.output, force=request.force) as folder:
         artifact = write_artifact(plan, folder, steps)
         _return_freed_memory()
         check_parity(artifact, steps)
@@ -106,7 +105,8 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Artifact:
     checkpoint, the state and the programs would take a third of the time of a large export.
     """
     request = plan.request
-    with ThreadPoolExecutor(1, "hash") as pool:
+    # The reference is float32 as float32, whatever the process that called asked torch for.
+    with HeldNumerics(CPU, "strict") as held, ThreadPoolExecutor(1, "hash") as pool:
         with steps.step("load the weights"):
             network = load_network(plan.weights)
             provenance = pool.submit(lambda: describe_provenance(plan.weights, state_sha256(network)))
@@ -131,7 +131,9 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Artifact:
             recorded = [records[name].result() for name in sorted(records)]
             files = {record.file: record for record, _ in recorded}
             hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
-            manifest = _describe(plan, hashed, tuple(files.values()), provenance.result())
+            numerics = {name: str(value) for name, value in held.describe().items()}
+            reference = Reference(REFERENCE_FILE, REFERENCE_SEEDS, numerics)
+            manifest = _describe(plan, hashed, tuple(files.values()), reference, provenance.result())
             (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
             steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
     return open_artifact(folder, recorded)
@@ -257,11 +259,13 @@ def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps
 
 
 def _describe(
-    plan: ExportPlan, programs: Sequence[Program], files: tuple[FileRecord, ...], provenance: Provenance
+    plan: ExportPlan,
+    programs: Sequence[Program],
+    files: tuple[FileRecord, ...],
+    reference: Reference,
+    provenance: Provenance,
 ) -> Manifest:
     encoder = plan.request.encoder
-    with HeldNumerics(CPU, "strict") as held:
-        numerics = {name: str(value) for name, value in held.describe().items()}
     return Manifest(
         encoder=encoder.name,
         precision=plan.request.precision,
@@ -269,7 +273,7 @@ def _describe(
         outputs=encoder.outputs,
         programs=tuple(programs),
         files=files,
-        reference=Reference(REFERENCE_FILE, REFERENCE_SEEDS, numerics),
+        reference=reference,
         preprocessing=plan.preprocessing,
         tolerances=encoder.published.tolerances[plan.request.precision],
         provenance=provenance,

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from npu_runtime.devices.accelerator import Accelerator
 from npu_runtime.devices.operators import Operators, watch_operators
 from npu_runtime.errors import UnavailableError, first_line
 
-Call = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+if TYPE_CHECKING:
+    from npu_runtime.backends.torch_session import Call
 
 WARMUPS = 3
 """Runs on a side stream before a capture, as PyTorch's note on CUDA graphs asks; TorchScript optimises in them."""
@@ -42,7 +43,7 @@ class DeviceProgram:
 
     def first_run(self) -> tuple[Operators, Sequence[torch.Tensor]]:
         """What one run calls, and its outputs; raises ProgramError when it mixes devices."""
-        return watch_operators(self.accelerator.device, lambda: self._plain())
+        return watch_operators(self.accelerator.device, self._plain)
 
     def capture(self, *, required: bool) -> GraphReport:
         """Record the program once for replay, and compare a replay with a plain call on the same input.

@@ -70,12 +70,7 @@ def watch_operators(
 def refuse_fallback(operators: Operators, device: Device) -> None:
     """Raise UnavailableError naming the operators that would run on the CPU."""
     if operators.fallback:
-        raise UnavailableError(
-            f"{device} has no kernel for operators of this program, which would run on the CPU",
-            expected=f"every operator on {device}",
-            got=", ".join(operators.fallback),
-            hint="another backend or another torch-npu may have them; --allow-fallback runs it all the same",
-        )
+        raise _no_kernel(device, operators.fallback)
     if operators.host:
         raise ProgramError(
             "the program makes tensors on the CPU while it runs",
@@ -129,18 +124,22 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def _no_kernel(device: Device, names: Sequence[str]) -> UnavailableError:
+    return UnavailableError(
+        f"{device} has no kernel for operators of this program, which would run on the CPU",
+        expected=f"every operator on {device}",
+        got=", ".join(names),
+        hint="another backend or another torch-npu may have them; --allow-fallback runs it all the same",
+    )
+
+
 def _explain(error: RuntimeError, mode: _Watch, device: Device) -> ProgramError | UnavailableError:
     """The error of a first run: an operator that was refused, devices that were mixed, or what it is."""
     cause = mode.error or error
     text = str(cause)
     refused = _REFUSED.search(text)
     if refused:
-        return UnavailableError(
-            f"{device} has no kernel for an operator of this program, which would run on the CPU",
-            expected=f"every operator on {device}",
-            got=refused[1],
-            hint="another backend or another torch-npu may have it; --allow-fallback runs it all the same",
-        )
+        return _no_kernel(device, [refused[1]])
     mixed = "same device" in text or "found at least two devices" in text
     return ProgramError(
         "the program mixes devices" if mixed else f"the program does not run on {device}",
