@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from npu_export.onnx_rewrites import rewrite_for_onnxruntime
 from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.errors import Error
 
@@ -88,8 +89,7 @@ def export_graph(
             got=", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in model.opset_imports.items()),
             hint="pass --opset 18, which torch's exporter writes for every encoder",
         )
-    _order_gelu(model)
-    _widen_softmax(model)
+    rewrite_for_onnxruntime(model)
     _strip_metadata(model)
     return model
 
@@ -121,70 +121,6 @@ def check_graph(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise Error("onnx.checker refuses the graph that was written", where=path, got=error) from error
-
-
-def _order_gelu(model: ir.Model) -> None:
-    """Spell GELU below opset 20 as `(x * (1 + erf(x / sqrt 2))) * 0.5`, which onnxruntime fuses.
-
-    torch spells it `x * (0.5 * (1 + erf))`, which onnxruntime runs as five operators (its patterns are in
-    core/optimizer/gelu_fusion.cc). Halving is exact, so no result changes.
-    """
-    for outer in model.graph.all_nodes():
-        for x, product in _factors(outer):
-            inner = product.producer()
-            if inner is None or len(product.uses()) != 1 or product in model.graph.outputs:
-                continue  # somebody else needs the product as it is
-            for half, total in _factors(inner):
-                if _is_half(half) and _adds_erf(total.producer()):
-                    for node, inputs in ((inner, (x, total)), (outer, (product, half))):
-                        for index, value in enumerate(inputs):
-                            node.replace_input_with(index, value)
-                    break
-
-
-def _widen_softmax(model: ir.Model) -> None:
-    """Have every softmax of a half-precision graph compute in float32, as torch's attention does inside.
-
-    torch's exporter spells attention as products and a softmax in the type of its inputs, where
-    `scaled_dot_product_attention` keeps the scores in float32 (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
-    """
-    for node in list(model.graph.all_nodes()):
-        scores = node.inputs[0] if node.op_type == "Softmax" else None
-        if scores is None or scores.dtype in (None, ir.DataType.FLOAT):
-            continue
-        result, narrow = node.outputs[0], scores.dtype
-        widened = ir.node("Cast", [scores], attributes={"to": ir.DataType.FLOAT})
-        narrowed = ir.node("Cast", [result], attributes={"to": narrow})
-        for cast, dtype in ((widened, ir.DataType.FLOAT), (narrowed, narrow)):
-            cast.outputs[0].dtype, cast.outputs[0].shape = dtype, scores.shape
-        ir.convenience.replace_all_uses_with(result, narrowed.outputs[0])
-        narrowed.replace_input_with(0, result)
-        node.replace_input_with(0, widened.outputs[0])
-        result.dtype = ir.DataType.FLOAT
-        model.graph.insert_before(node, widened)
-        model.graph.insert_after(node, narrowed)
-
-
-def _factors(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
-    """Both orders of the inputs of a Mul; nothing for other nodes."""
-    if node.op_type != "Mul" or None in node.inputs:
-        return []
-    first, second = node.inputs
-    assert first is not None
-    assert second is not None
-    return [(first, second), (second, first)]
-
-
-def _is_half(value: ir.Value) -> bool:
-    constant = value.const_value
-    return constant is not None and constant.size == 1 and float(constant.numpy().item()) == 0.5
-
-
-def _adds_erf(node: ir.Node | None) -> bool:
-    if node is None or node.op_type != "Add":
-        return False
-    producers = [value.producer() for value in node.inputs if value is not None]
-    return any(producer is not None and producer.op_type == "Erf" for producer in producers)
 
 
 def _strip_metadata(model: ir.Model) -> None:

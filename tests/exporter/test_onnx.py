@@ -27,7 +27,6 @@ from npu_export.onnx import (
 )
 from npu_export.precision import in_precision
 from npu_export.weights import find_weights
-from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.errors import Error
 
 BATCHES = (1, 2, 4, 8)
@@ -184,45 +183,3 @@ def test_a_graph_without_its_weights_is_refused(frozen: Path, tmp_path: Path) ->
     onnx.save(read(frozen, 1), tmp_path / graph_file(1))
     with pytest.raises(Error, match=r"onnx\.checker refuses"):
         check_graph(tmp_path / graph_file(1))
-
-
-def fused_operators(graph: Path, folder: Path) -> list[str]:
-    """Operators that onnxruntime runs for a graph after its own rewriting."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(graph), options)
-    return [node.op_type for node in onnx.load(folder / "optimised.onnx", load_external_data=False).graph.node]
-
-
-def outputs_as_written(graph: Path) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(graph), options)
-    x = np.random.default_rng(3).standard_normal(INPUT.of_batch(1), np.float32)
-    return list(session.run(None, {INPUT.name: x}))
-
-
-def test_gelu_is_spelled_as_onnxruntime_fuses_it_and_no_bit_changes(
-    frozen: Path, module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("npu_export.onnx._order_gelu", lambda model: None)
-    as_torch_spells_it = freeze(module, (1,), tmp_path) / graph_file(1)
-    assert fused_operators(as_torch_spells_it, tmp_path).count("Erf") == 2
-    ours = frozen / graph_file(1)
-    assert fused_operators(ours, tmp_path).count("Gelu") == 2
-    for ordered, plain in zip(outputs_as_written(ours), outputs_as_written(as_torch_spells_it)):
-        np.testing.assert_array_equal(ordered, plain)
-
-
-def test_a_product_with_a_half_that_is_no_gelu_stays_as_it_is() -> None:
-    class Halved(nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            half = 0.5 * (1 + torch.erf(x))
-            return x * half, half
-
-    shape = TensorSpec("x", "float32", ("B", 8))
-    model = export_graph(Halved().eval(), shape, (shape, TensorSpec("half", "float32", ("B", 8))), 1, 18)
-    half = model.graph.outputs[1].producer()
-    assert half is not None
-    assert any(value is not None and value.const_value is not None for value in half.inputs)
