@@ -303,7 +303,7 @@ def _column_by_column(activation: ir.Value, readers: Sequence[ir.Node]) -> list[
     while waiting:
         value = waiting.pop()
         node = value.producer()
-        if node is None or value.is_graph_output():
+        if node is None or value.is_graph_output() or _sizes(value)[-1:] != _sizes(activation)[-1:]:
             return []
         if node in nodes:
             continue
@@ -315,8 +315,10 @@ def _column_by_column(activation: ir.Value, readers: Sequence[ir.Node]) -> list[
         constants = [operand for operand in node.inputs if operand is not None and operand.const_value is not None]
         if node.op_type == "Div" and [_number(operand) for operand in node.inputs[1:]] == [None]:
             return []  # zeros would be divided by zeros
-        if any(_number(constant) is None and not _is_own_constant(constant) for constant in constants):
-            return []
+        for constant in constants:
+            whole_rows = _is_own_constant(constant) and _sizes(constant)[-1:] == _sizes(activation)[-1:]
+            if _number(constant) is None and not whole_rows:
+                return []
         waiting += [operand for operand in node.inputs if operand is not None and operand.const_value is None]
     read_by = {reader for node in nodes for reader, _ in node.outputs[0].uses()}
     return list(nodes) if read_by <= {*nodes, *readers} else []

@@ -99,6 +99,18 @@ class SummedMlp(Mlp):
         return self.narrow(hidden) + hidden.sum(-1, keepdim=True)
 
 
+class ScaledMlp(Mlp):
+    """A factor for each row, which has no columns to append to."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__(nn.GELU())
+        self.scale, self.to_scale = nn.Parameter(torch.rand(ROWS, 1)), nn.Linear(WIDTH, 1)
+        self.computed = computed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.activation(self.wide(x)) * (self.to_scale(x) if self.computed else self.scale))
+
+
 class TiedMlp(Mlp):
     """One weight in two products, one of which reads too few rows to be made wider."""
 
@@ -218,7 +230,7 @@ def test_hidden_columns_that_alias_get_more_columns_from_their_own_layers(freeze
     np.testing.assert_allclose(output(wider), output(plain), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("module", [NormedMlp(), SummedMlp(nn.GELU())])
+@pytest.mark.parametrize("module", [NormedMlp(), SummedMlp(nn.GELU()), ScaledMlp(True), ScaledMlp(False)])
 def test_other_columns_that_alias_are_padded_once(freeze: Freeze, module: nn.Module) -> None:
     plain, wider = freeze(module), freeze(module, "widen_products")
     assert operators(wider) - operators(plain) == Counter({"Pad": 1})
