@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -283,3 +284,11 @@ def test_a_product_with_a_half_that_is_no_gelu_stays_as_it_is() -> None:
     half = model.graph.outputs[1].producer()
     assert half is not None
     assert any(value is not None and value.const_value is not None for value in half.inputs)
+
+
+def test_a_graph_with_a_node_without_inputs_is_taken() -> None:
+    constant = ir.node("Constant", [], {"value": ir.tensor(np.ones(3, np.float32))})
+    total = ir.node("Add", [constant.outputs[0], constant.outputs[0]])
+    graph = ir.Graph([], total.outputs, nodes=[constant, total], opset_imports={"": 18})
+    onnx_rewrites.rewrite_for_onnxruntime(ir.Model(graph, ir_version=10))
+    assert [node.op_type for node in graph] == ["Constant", "Add"]
