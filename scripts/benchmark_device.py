@@ -22,7 +22,6 @@ from benchmark import TIMM_NAMES
 
 from npu_export import export
 from npu_runtime import Encoder, load
-from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.bench.measure import measure_latency
 from npu_runtime.devices import parse_device
@@ -30,6 +29,7 @@ from npu_runtime.devices.accelerator import Accelerator
 from npu_runtime.devices.probe import probe_device
 from npu_runtime.environment import describe_environment
 from npu_runtime.parity.verify import measure_parity
+from npu_runtime.structured import to_json
 
 WAYS = {"eager": ("eager", False), "torchscript": ("torchscript", False), "graph": ("torchscript", True)}
 """Name -> backend, and whether calls replay a captured graph."""

@@ -12,7 +12,6 @@ from npu_export.encoders import ENCODERS
 from npu_export.plan import DEFAULT_OPSET, FORMATS, PRECISIONS, ExportPlan, make_request, plan_export
 from npu_export.recognise import describe_coverage
 from npu_runtime import __version__
-from npu_runtime.artifact.codec import to_json
 from npu_runtime.cli.console import (
     StepProgress,
     print_json,
@@ -24,6 +23,7 @@ from npu_runtime.cli.console import (
 )
 from npu_runtime.cli.options import json_option, parse_batches
 from npu_runtime.errors import UsageError
+from npu_runtime.structured import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npu_export.encoders.spec import EncoderSpec
+from npu_export.encoders.spec import EncoderSpec, on_every_device
 from npu_export.errors import CheckpointError
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
@@ -275,6 +275,6 @@ def _describe(
         files=files,
         reference=reference,
         preprocessing=plan.preprocessing,
-        tolerances=encoder.published.tolerances[plan.request.precision],
+        tolerances=on_every_device(encoder.published.tolerances[plan.request.precision], plan.request.precision),
         provenance=provenance,
     )

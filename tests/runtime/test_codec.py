@@ -9,24 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_runtime.artifact.codec import decode_manifest, encode_manifest, to_json
+from npu_runtime.artifact.codec import decode_manifest, encode_manifest
 from npu_runtime.artifact.schema import (
     MANIFEST_NAME,
     SCHEMA_MAJOR,
     SCHEMA_MINOR,
+    Boundary,
     Coverage,
     FileRecord,
     Manifest,
     Preprocessing,
+    Probes,
     Program,
     Provenance,
     Reference,
     SourceFile,
     TensorSpec,
+    TokenGroup,
     Tolerance,
     Weights,
 )
 from npu_runtime.errors import ArtifactError
+from npu_runtime.structured import to_json
 
 TEXT = st.text(max_size=12)
 COUNT = st.integers(0, 2**63)
@@ -37,10 +41,17 @@ MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
 FILE_NAME = st.from_regex(r"[a-zä ]{1,6}(/[a-z]{1,3})?(\.[a-z]{1,4})?", fullmatch=True)
 
 
+PROBES = {"file": "reference.safetensors", "batch": 1, "basis": "", "boundaries": []}
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     """Any manifest that an exporter could write."""
-    specs = st.builds(TensorSpec, TEXT, st.just("float32"), st.lists(SIZE, max_size=3).map(lambda sizes: ("B", *sizes)))
+    shapes = st.lists(SIZE, max_size=3).map(lambda sizes: ("B", *sizes))
+    groups = st.sampled_from([(TokenGroup("cls", 0, 1),), (TokenGroup("cls", 0, 1), TokenGroup("patches", 1, 5))])
+    specs = st.builds(TensorSpec, TEXT, st.just("float32"), shapes) | st.builds(
+        TensorSpec, TEXT, st.just("float32"), st.just(("B", 5, 8)), groups
+    )
     files = draw(st.lists(st.builds(FileRecord, FILE_NAME, COUNT, HASH), min_size=1, unique_by=lambda r: r.file))
     names = st.sampled_from([record.file for record in files])
     hashes = {record.file: record.sha256 for record in files}
@@ -60,6 +71,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
         st.sampled_from(["max_abs_error", "max_relative_l2_error"]),
         NUMBER,
         TEXT,
+        st.sampled_from(["cpu", "cuda", "npu"]),
+    )
+    frozen = draw(st.lists(programs, min_size=1, max_size=3))
+    boundaries = st.builds(Boundary, TEXT, NUMBER, st.dictionaries(st.sampled_from([p.format for p in frozen]), TEXT))
+    probes = st.builds(
+        Probes, names, st.sampled_from([p.batch for p in frozen]), TEXT, st.lists(boundaries, max_size=2).map(tuple)
     )
     positive = st.floats(1e-3, 1e3)
     weights = st.builds(
@@ -78,7 +95,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         precision=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
         inputs=tuple(draw(st.lists(specs, min_size=1, max_size=2))),
         outputs=tuple(outputs),
-        programs=tuple(draw(st.lists(programs, min_size=1, max_size=3))),
+        programs=tuple(frozen),
         files=tuple(files),
         reference=Reference(
             draw(names),
@@ -95,6 +112,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         ),
         tolerances=tuple(draw(st.lists(tolerances, max_size=2))),
         provenance=Provenance(draw(weights), draw(st.dictionaries(TEXT, TEXT, max_size=2)), draw(st.none() | TEXT)),
+        probes=draw(st.none() | probes),
     )
 
 
@@ -168,7 +186,10 @@ def test_every_manifest_of_an_older_minor_is_read() -> None:
     assert [file.stem for file in files] == [f"{SCHEMA_MAJOR}.{minor}" for minor in range(SCHEMA_MINOR)]
     for file in files:
         manifest = decode_manifest(file.read_text("utf-8"), str(file))
-        assert (manifest.encoder, manifest.reference.numerics) == ("tiny-vit", {})
+        assert manifest.encoder == "tiny-vit"
+        assert (manifest.reference.numerics == {}) is (file.stem == "2.0")
+        assert (manifest.probes, [output.groups for output in manifest.outputs]) == (None, [(), ()])
+        assert manifest.tolerances_on("npu") == manifest.tolerances_on("cpu") == manifest.tolerances
 
 
 def test_a_newer_minor_is_read_and_what_it_adds_is_ignored(document: dict[str, Any]) -> None:
@@ -316,6 +337,11 @@ def test_a_manifest_without_programs_inputs_or_outputs_is_refused(document: dict
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
+        (("outputs", 1), "groups", [{"name": "cls", "start": 0, "stop": 0}]),
+        (("outputs", 1), "groups", [{"name": "cls", "start": 16, "stop": 18}]),
+        (("outputs", 0), "groups", [{"name": "cls", "start": 0, "stop": 1}]),
+        ((), "probes", {**PROBES, "batch": 3}),
+        ((), "probes", {**PROBES, "boundaries": [{"module": "stem", "limit": 1, "places": {"om": "x"}}]}),
         (("programs", 2), "batch", 0),
         (("programs", 2), "batch", -4),
         (("inputs", 0), "shape", [1, 3, 32, 32]),

@@ -139,7 +139,7 @@ def aimv2_encoder(published: Published, shape: Aimv2Shape) -> EncoderSpec:
         published=published,
         image_size=shape.image,
         stride=shape.patch,
-        outputs=embedding_and_tokens(shape.patches, shape.width),
+        outputs=embedding_and_tokens(shape.width, patches=shape.patches),
         with_outputs=mean_and_tokens,
         layouts=(
             hf(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from npu_export.keymap import Drop, Rule, concatenate, rename
 from npu_export.timm_import import import_timm
-from npu_runtime.artifact.schema import Preprocessing, TensorSpec
+from npu_runtime.artifact.schema import Preprocessing, TensorSpec, TokenGroup
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,10 +55,17 @@ def drop_modules(names: Sequence[str], because: str) -> tuple[Drop, ...]:
     return tuple(Drop(f"{name}.{leaf}", because) for name in names for leaf in WEIGHT_AND_BIAS)
 
 
-def embedding_and_tokens(tokens: int, width: int) -> tuple[TensorSpec, ...]:
+def embedding_and_tokens(width: int, *, patches: int, cls: int = 0, registers: int = 0) -> tuple[TensorSpec, ...]:
+    """Outputs of a network whose tokens are CLS, registers and patches in that order, as many as said."""
+    tokens = cls + registers + patches
+    groups = (
+        TokenGroup("cls", 0, cls),
+        TokenGroup("registers", cls, cls + registers),
+        TokenGroup("patches", cls + registers, tokens),
+    )
     return (
         TensorSpec("embedding", "float32", ("B", width)),
-        TensorSpec("tokens", "float32", ("B", tokens, width)),
+        TensorSpec("tokens", "float32", ("B", tokens, width), tuple(g for g in groups if g.start < g.stop)),
     )
 
 

@@ -121,7 +121,7 @@ def dinov2_encoder(published: Published, shape: VitShape) -> EncoderSpec:
         published=published,
         image_size=shape.image,
         stride=shape.patch,
-        outputs=embedding_and_tokens(1 + REGISTERS + shape.patches, shape.width),
+        outputs=embedding_and_tokens(shape.width, patches=shape.patches, cls=1, registers=REGISTERS),
         with_outputs=cls_and_tokens,
         layouts=(
             layout("timm", _timm_rules(), about="timm's file"),

@@ -85,7 +85,7 @@ def pe_lang_encoder(published: Published, shape: VitShape, reference_grid: int) 
         published=published,
         image_size=shape.image,
         stride=shape.patch,
-        outputs=embedding_and_tokens(shape.patches + 1, shape.width),
+        outputs=embedding_and_tokens(shape.width, patches=shape.patches, cls=1),
         with_outputs=cls_and_tokens,
         layouts=(
             Layout(

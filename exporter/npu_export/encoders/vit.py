@@ -179,7 +179,7 @@ def vit_encoder(published: Published, shape: VitShape) -> EncoderSpec:
         published=published,
         image_size=shape.image,
         stride=shape.patch,
-        outputs=embedding_and_tokens(shape.patches + 1, shape.width),
+        outputs=embedding_and_tokens(shape.width, patches=shape.patches, cls=1),
         with_outputs=cls_and_tokens,
         layouts=(
             hf(rules=_hf_rules(*in_files), about="the hub's file, with or without `vit.`"),

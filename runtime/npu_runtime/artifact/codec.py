@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import sys
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from npu_runtime.artifact.schema import SCHEMA_MAJOR, SCHEMA_MINOR, Manifest, TensorSpec
 from npu_runtime.errors import ArtifactError
+from npu_runtime.structured import Reader, to_json
 
 
 def encode_manifest(manifest: Manifest) -> str:
     """The manifest as indented JSON. Equal manifests give equal bytes."""
     document = {"schema": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}", **to_json(manifest)}
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def to_json(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as what `json` writes; NaN and infinity, which JSON lacks, as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [to_json(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    return value
 
 
 def decode_manifest(text: str, where: str) -> Manifest:
@@ -51,7 +33,8 @@ def decode_manifest(text: str, where: str) -> Manifest:
         ) from error
     minor = _check_schema(document, where)
     body = {name: value for name, value in document.items() if name != "schema"}
-    manifest: Manifest = _decode(Manifest, body, where, "", minor > SCHEMA_MINOR)
+    reader = Reader("the manifest", where, "the file was edited or damaged; export the artifact again", ArtifactError)
+    manifest = reader.decode(Manifest, body, lenient=minor > SCHEMA_MINOR)
     _check_consistent(manifest, where)
     return manifest
 
@@ -79,70 +62,6 @@ def _check_schema(document: Any, where: str) -> int:
     return minor
 
 
-def _decode(kind: Any, value: Any, where: str, at: str, lenient: bool) -> Any:
-    """`value` as `kind`; `at` is the path inside the document, for messages."""
-    origin = typing.get_origin(kind)
-    if is_dataclass(kind):
-        return _decode_fields(kind, value, where, at, lenient)
-    if origin is tuple and isinstance(value, list):
-        arguments = typing.get_args(kind)
-        if arguments[-1] is Ellipsis:
-            arguments = (arguments[0],) * len(value)
-        if len(arguments) == len(value):
-            pairs = enumerate(zip(arguments, value))
-            return tuple(_decode(k, v, where, f"{at}[{i}]", lenient) for i, (k, v) in pairs)
-    elif origin in (typing.Union, types.UnionType):
-        for choice in typing.get_args(kind):
-            if _is_scalar(choice, value):
-                return value
-    elif origin is Mapping and isinstance(value, dict):
-        item = typing.get_args(kind)[1]
-        return {name: _decode(item, v, where, f"{at}.{name}", lenient) for name, v in value.items()}
-    elif _is_scalar(kind, value):
-        return float(value) if kind is float else value
-    raise ArtifactError(
-        f"the manifest has a wrong value at {at or 'its top'}",
-        where=where,
-        expected=_describe(kind),
-        got=json.dumps(value)[:200],
-        hint="the file was edited or damaged; export the artifact again",
-    )
-
-
-def _decode_fields(kind: Any, value: Any, where: str, at: str, lenient: bool) -> Any:
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in fields(kind)]
-    # What a minor version added has a default, and older manifests lack it.
-    required = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
-    got = list(value) if isinstance(value, dict) else None
-    if got is None or required - set(got) or (set(got) - set(names) and not lenient):
-        raise ArtifactError(
-            f"the manifest has wrong fields at {at or 'its top'}",
-            where=where,
-            expected=", ".join(names),
-            got=json.dumps(value)[:200] if got is None else ", ".join(got),
-            hint="the file was edited or damaged; export the artifact again",
-        )
-    present = [name for name in names if name in value]
-    return kind(**{n: _decode(hints[n], value[n], where, f"{at}.{n}".lstrip("."), lenient) for n in present})
-
-
-def _is_scalar(kind: Any, value: Any) -> bool:
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind) and not isinstance(value, bool)
-    if kind is type(None):
-        return value is None
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is float:  # json reads NaN, Infinity and 1e999; a limit of those would judge nothing
-        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-    return typing.get_origin(kind) is None and isinstance(value, kind)
-
-
-def _describe(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-
-
 def _check_consistent(manifest: Manifest, where: str) -> None:
     """Refuse what types cannot: paths that leave the folder, names that point at nothing, impossible values."""
     records = {record.file: record for record in manifest.files}
@@ -158,6 +77,8 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
                 hint="do not use this artifact; export it again from weights that you trust",
             )
     used = {manifest.reference.file: None}
+    if manifest.probes is not None:
+        used[manifest.probes.file] = None
     for program in manifest.programs:
         used.update(dict.fromkeys((program.file, *program.needs)))
     hashes = [(listed.file, listed.sha256) for listed in manifest.files]
@@ -190,6 +111,14 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     impossible += [] if edge is None or edge >= max(manifest.preprocessing.size) else [f"shortest edge {edge}"]
     impossible += [] if all(manifest.preprocessing.std) else [f"std {list(manifest.preprocessing.std)}"]
     impossible += [] if manifest.reference.seeds else ["a reference without images"]
+    for output in manifest.outputs:
+        tokens = output.shape[1] if len(output.shape) == 3 and _fixed(output) else 0
+        impossible += [f"{g.name} of {output.name}" for g in output.groups if not 0 <= g.start < g.stop <= int(tokens)]
+    if manifest.probes is not None:
+        lost = [f for b in manifest.probes.boundaries for f in b.places if f not in manifest.formats()]
+        impossible += [f"probes of {format}" for format in dict.fromkeys(lost)]
+        frozen = {program.batch for program in manifest.programs}
+        impossible += [] if manifest.probes.batch in frozen else [f"probes of batch {manifest.probes.batch}"]
     if impossible:
         raise ArtifactError(
             "the manifest has values that no artifact has",

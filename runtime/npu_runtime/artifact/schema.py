@@ -5,6 +5,7 @@ Versions of the schema:
     2.0  preprocessing.shortest_edge for preprocessing.resize, coverage.matched for coverage.renamed,
          weights.prefix; precisions fp16 and bf16.
     2.1  reference.numerics, which 2.0 lacks.
+    2.2  tolerances[].device, outputs[].groups, probes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SCHEMA_MAJOR = 2
-SCHEMA_MINOR = 1
+SCHEMA_MINOR = 2
 
 MANIFEST_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
 """Type of weights and compute inside of the programs; inputs and outputs are float32 whatever it is."""
+
+
+DeviceKind = Literal["cpu", "cuda", "npu"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGroup:
+    """Tokens of one kind: rows `start` to `stop` of an output [B, N, D]."""
+
+    name: Literal["cls", "registers", "patches"]
+    start: int
+    stop: int
+    """Exclusive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,8 @@ class TensorSpec:
     name: str
     dtype: Literal["float32"]
     shape: tuple[int | Literal["B"], ...]
+    groups: tuple[TokenGroup, ...] = ()
+    """Kinds of tokens in an output [B, N, D], in order; empty where it has none or they were not recorded."""
 
     def of_batch(self, batch: int) -> tuple[int, ...]:
         """The shape at a batch size."""
@@ -95,6 +111,36 @@ class Tolerance:
     metric: Literal["max_abs_error", "max_relative_l2_error"]
     limit: float
     basis: str
+    device: DeviceKind = "cpu"
+    """Kind of device that ran the program; the reference is always the CPU's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """The output of a module of the source network, found again inside of the frozen programs."""
+
+    module: str
+    """Its name in the source network, such as `blocks.5`."""
+    limit: float
+    """The most that the relative L2 error of an image may be there, estimated from sketches."""
+    places: Mapping[str, str]
+    """Format -> where the value is in the program: its name in an ONNX graph, or `KIND:INDEX`, the number of
+    the operator among those of its kind, in TorchScript."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Statistics of the reference network inside, by which a fault is found in a program without the weights."""
+
+    file: str
+    """safetensors: for each boundary `MODULE.sketch` [N, K] and `MODULE.norm` [N], float64, of the reference's N
+    images, from the unmodified fp32 eager network on the CPU."""
+    batch: int
+    """Batch size of the programs that the places are of."""
+    basis: str
+    """How the limits were set."""
+    boundaries: tuple[Boundary, ...]
+    """In the order in which the network computes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +202,14 @@ class Manifest:
     preprocessing: Preprocessing
     tolerances: tuple[Tolerance, ...]
     provenance: Provenance
+    probes: Probes | None = None
+    """None where the artifact was exported without them."""
+
+    def tolerances_on(self, device: str) -> tuple[Tolerance, ...]:
+        """The tolerances of a kind of device; the CPU's where a manifest before 2.2 has no others."""
+        return tuple(t for t in self.tolerances if t.device == device) or tuple(
+            t for t in self.tolerances if t.device == "cpu"
+        )
 
     def formats(self) -> tuple[str, ...]:
         """Formats of the programs, each once, in the manifest's order."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.store import Artifact, open_artifact
 from npu_runtime.backends.table import FORMATS, backend_name, backend_names
 from npu_runtime.bench.measure import measure_latency
@@ -28,6 +27,7 @@ from npu_runtime.devices import cpu_count
 from npu_runtime.encoder import Encoder, RunOptions, load
 from npu_runtime.environment import describe_environment
 from npu_runtime.errors import Error, UnavailableError, UsageError
+from npu_runtime.structured import to_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

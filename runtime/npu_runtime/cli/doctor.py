@@ -8,13 +8,13 @@ import sys
 import click
 from rich.markup import escape
 
-from npu_runtime.artifact.codec import to_json
 from npu_runtime.cli.console import StepProgress, print_error, print_json, print_line, print_table
 from npu_runtime.cli.options import json_option
 from npu_runtime.devices import parse_device
 from npu_runtime.devices.doctor import Check, Findings, Machine, examine
 from npu_runtime.devices.doctor.check import VariableCheck
 from npu_runtime.environment import describe_environment
+from npu_runtime.structured import to_json
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "absent": "dim"}
 VALUE_WIDTH, FOUND_WIDTH = 24, 110

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.staging import explain_full_disk
 from npu_runtime.artifact.store import Array
 from npu_runtime.cli.console import StepProgress, print_conditions, print_json, print_line, print_weights
 from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
 from npu_runtime.encoder import RunOptions, load
 from npu_runtime.errors import InputError, UsageError
+from npu_runtime.structured import to_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.schema import Preprocessing, TensorSpec
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.cli.console import print_json, print_line, print_table, print_weights, spell_nbytes
 from npu_runtime.cli.options import artifact_argument, json_option
+from npu_runtime.structured import to_json
 
 
 @click.command()

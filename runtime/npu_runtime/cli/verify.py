@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npu_runtime.artifact.codec import to_json
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.backends.table import backend_name
 from npu_runtime.cli.console import (
@@ -24,6 +23,7 @@ from npu_runtime.encoder import RunOptions
 from npu_runtime.environment import describe_environment
 from npu_runtime.errors import ParityError, UnavailableError
 from npu_runtime.parity.verify import ProgramParity, measure_parity
+from npu_runtime.structured import to_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

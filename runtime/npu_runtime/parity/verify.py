@@ -57,6 +57,7 @@ def measure_parity(
             sizes.append(program.batch)
     for sizes in sizes_of.values():
         with load(artifact, backend=backend, batches=sizes, **how) as encoder:
+            tolerances = artifact.manifest.tolerances_on(encoder.device.kind)
             for size in encoder.batches:
                 runs = -(-len(inputs) // size)
                 row = np.arange(runs * size)
@@ -64,6 +65,6 @@ def measure_parity(
                 parts = [encoder.run(inputs[part], allow_nonfinite=True) for part in np.split(rows, runs)]
                 for output in parts[0]:
                     metrics = compare(np.concatenate([part[output] for part in parts]), expected[output][rows])
-                    checks = judge(output, metrics, artifact.manifest.tolerances)
+                    checks = judge(output, metrics, tolerances)
                     report = encoder.report()
                     yield ProgramParity(encoder.backend, str(encoder.device), size, output, metrics, checks, report)

@@ -1,0 +1,118 @@
+"""Dataclasses to JSON and back, for manifests and records."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+from npu_runtime.errors import Error
+
+T = TypeVar("T")
+
+NOT_FINITE = ("nan", "inf", "-inf")
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as what `json` writes; NaN and infinity, which JSON lacks, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads one document, and says where in it a value is wrong."""
+
+    what: str
+    """The document, as messages call it: `the manifest`."""
+    where: str
+    hint: str
+    error: type[Error]
+    allow_not_finite: bool = False
+    """Whether a float may be NaN or infinite, as `to_json` spells them: a figure may, a limit may not."""
+
+    def decode(self, kind: type[T], document: Any, *, lenient: bool) -> T:
+        """The document as a dataclass whose types hold throughout; `lenient` ignores fields that it does not know."""
+        decoded: T = self._decode(kind, document, "", lenient)
+        return decoded
+
+    def _decode(self, kind: Any, value: Any, at: str, lenient: bool) -> Any:
+        """`value` as `kind`; `at` is the path inside the document."""
+        origin = typing.get_origin(kind)
+        if is_dataclass(kind):
+            return self._decode_fields(kind, value, at, lenient)
+        if origin is tuple and isinstance(value, list):
+            arguments = typing.get_args(kind)
+            if arguments[-1] is Ellipsis:
+                arguments = (arguments[0],) * len(value)
+            if len(arguments) == len(value):
+                pairs = enumerate(zip(arguments, value))
+                return tuple(self._decode(k, v, f"{at}[{i}]", lenient) for i, (k, v) in pairs)
+        elif origin in (typing.Union, types.UnionType):
+            for choice in typing.get_args(kind):
+                if self._is_scalar(choice, value):
+                    return self._scalar(choice, value)
+            inner = [c for c in typing.get_args(kind) if is_dataclass(c) or typing.get_origin(c) in (tuple, Mapping)]
+            if len(inner) == 1 and value is not None:
+                return self._decode(inner[0], value, at, lenient)
+        elif origin is Mapping and isinstance(value, dict):
+            item = typing.get_args(kind)[1]
+            return {name: self._decode(item, v, f"{at}.{name}", lenient) for name, v in value.items()}
+        elif kind is object or self._is_scalar(kind, value):
+            return self._scalar(kind, value)
+        raise self.error(
+            f"{self.what} has a wrong value at {at or 'its top'}",
+            where=self.where,
+            expected=_describe(kind),
+            got=json.dumps(value)[:200],
+            hint=self.hint,
+        )
+
+    def _decode_fields(self, kind: Any, value: Any, at: str, lenient: bool) -> Any:
+        hints = typing.get_type_hints(kind)
+        names = [field.name for field in fields(kind)]
+        # What a minor version added has a default, and older documents lack it.
+        required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+        got = list(value) if isinstance(value, dict) else None
+        if got is None or required - set(got) or (set(got) - set(names) and not lenient):
+            raise self.error(
+                f"{self.what} has wrong fields at {at or 'its top'}",
+                where=self.where,
+                expected=", ".join(names),
+                got=json.dumps(value)[:200] if got is None else ", ".join(got),
+                hint=self.hint,
+            )
+        present = [name for name in names if name in value]
+        return kind(**{n: self._decode(hints[n], value[n], f"{at}.{n}".lstrip("."), lenient) for n in present})
+
+    def _is_scalar(self, kind: Any, value: Any) -> bool:
+        if typing.get_origin(kind) is typing.Literal:
+            return value in typing.get_args(kind) and not isinstance(value, bool)
+        if kind is type(None):
+            return value is None
+        if isinstance(value, bool):
+            return kind is bool
+        if kind is float:  # json reads NaN, Infinity and 1e999; a limit of those would judge nothing
+            if self.allow_not_finite and value in NOT_FINITE:
+                return True
+            return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+        return typing.get_origin(kind) is None and isinstance(kind, type) and isinstance(value, kind)
+
+    def _scalar(self, kind: Any, value: Any) -> Any:
+        return float(value) if kind is float else value
+
+
+def _describe(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
