@@ -15,6 +15,7 @@ from npu_runtime.backends.base import Array, Options, missing_package
 from npu_runtime.backends.torch_session import Call, TorchSession, open_torch_session
 from npu_runtime.devices import Device
 from npu_runtime.devices.torch_import import import_torch
+from npu_runtime.errors import WeightsError
 from npu_runtime.torch_interop import array_from_tensor, tensor_from_array
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class EagerBackend:
     def open(self, artifact: Artifact, device: Device, options: Options) -> TorchSession:
         """The unmodified network in the artifact's precision, with the very weights that were exported.
 
-        Raises CheckpointError when the checkpoint moved or its tensors are others than those exported.
+        Raises CheckpointError when the checkpoint cannot be used, WeightsError when its tensors are others than
+        those exported.
         """
         try:
             import_torch()
@@ -68,7 +70,7 @@ def _rebuild(artifact: Artifact, weights: str | None) -> nn.Module:
         ) from error
     digest = state_sha256(network)
     if digest != recorded.state_sha256:
-        raise CheckpointError(
+        raise WeightsError(
             "these are not the weights that the artifact was exported from",
             where=source,
             expected=f"state dict sha256 {recorded.state_sha256}",

@@ -19,7 +19,6 @@ from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.precision import in_precision
 from npu_export.provenance import describe_provenance
-from npu_export.steps import Silent, Steps
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import (
     MANIFEST_NAME,
@@ -30,11 +29,14 @@ from npu_runtime.artifact.schema import (
     Reference,
 )
 from npu_runtime.artifact.staging import stage
-from npu_runtime.artifact.store import Array, Artifact, RecordedFile, open_artifact, record_file
+from npu_runtime.artifact.store import Artifact, RecordedFile, open_artifact, record_file
 from npu_runtime.devices import CPU
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import Error, ParityError
-from npu_runtime.parity.verify import ProgramParity, measure_parity
+from npu_runtime.parity.inputs import seeded_images
+from npu_runtime.parity.records import Step
+from npu_runtime.parity.verify import measure_parity
+from npu_runtime.steps import Silent, Steps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,32 +146,21 @@ def check_parity(artifact: Artifact, steps: Steps) -> None:
 
     Raises ParityError, with every failed limit, when one is too far.
     """
-    failed: list[ProgramParity] = []
+    failed: list[Step] = []
     for format in artifact.manifest.formats():
         with steps.step(f"check parity of {format}"):
-            rows = list(measure_parity(artifact, backend=format))
-            failed += [row for row in rows if not row.passed]
-            worst = max(row.metrics.max_abs_error for row in rows)
+            measured = list(measure_parity(artifact, backend=format))
+            failed += [step for step in measured if step.status != "passed"]
+            worst = max(output.metrics.max_abs_error for step in measured for output in step.whole_outputs)
             steps.detail(f"largest difference {worst:.1e}")
     if failed:
         raise ParityError(
             "a frozen program differs from the eager reference by more than its tolerance",
             where=artifact.manifest.encoder,
             expected="every metric within its limit",
-            got="\n".join(
-                f"{row.backend} batch {row.batch} {check.output} {check.metric} = {check.value:.3e}, "
-                f"limit {check.limit:.0e}"
-                for row in failed
-                for check in row.checks
-                if not check.passed
-            ),
+            got="\n".join(f"{step.backend} batch {step.batches[0]} {step.reason}" for step in failed),
             hint="nothing was kept; this is a fault of the export or of a library, please report it",
         )
-
-
-def seeded_images(seeds: Sequence[int], shape: Sequence[int]) -> Array:
-    """Standard normal float32 images [N, 3, H, W], one from each seed, the same on every machine."""
-    return np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
 
 
 def _return_freed_memory() -> None:

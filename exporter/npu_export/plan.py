@@ -14,12 +14,12 @@ from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import WeightsPlan, plan_weights
 from npu_export.precision import require_kernels
 from npu_export.preprocessor_config import resolve_preprocessing
-from npu_export.steps import Silent, Steps
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import Precision, Preprocessing
 from npu_runtime.artifact.staging import check_output
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import UnavailableError, UsageError
+from npu_runtime.steps import Silent, Steps
 
 FORMATS = ("torchscript", "onnx")
 PRECISIONS: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 def first_line(said: object) -> str:
@@ -71,6 +71,18 @@ class ArtifactError(Error):
 
 class ProgramError(Error):
     """A program ran and gave what no correct program gives, such as NaN."""
+
+
+class NumericsError(ProgramError):
+    """Strict numerics are not to be had: `operator` is not exact float32 on the device."""
+
+    def __init__(self, what: str, *, operator: str, **parts: Any) -> None:
+        super().__init__(what, **parts)
+        self.operator = operator
+
+
+class WeightsError(Error):
+    """The checkpoint was read whole, and its weights are others than those that the artifact was exported from."""
 
 
 class ParityError(Error):

@@ -40,6 +40,16 @@ def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preproce
     return pixel_values
 
 
+def image_suffixes() -> frozenset[str]:
+    """How names of files end that pillow reads, in lower case with the dot."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UnavailableError("reading images needs pillow", hint="pip install pillow") from error
+    Image.init()
+    return frozenset(suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN)
+
+
 def plan_resize(
     size: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:

@@ -100,7 +100,11 @@ def test_every_command_says_that_the_weights_are_random(
     if command == "embed":
         assert data["weights"] == RANDOM.split(maxsplit=1)[1]
     else:
-        weights = data["manifest"]["provenance"]["weights"] if command == "inspect" else data["weights"]
+        weights = (
+            data["manifest"]["provenance"]["weights"]
+            if command == "inspect"
+            else (data["artifact"] if command == "verify" else data)["weights"]
+        )
         assert weights["random_seed"] == 5
 
 
@@ -111,14 +115,11 @@ def test_weights_that_are_not_random_are_not_called_so(call: Callable[..., Any],
 def test_verify_passes_each_output_of_each_program(call: Callable[..., Any], tiny_artifact: Path) -> None:
     result = call("npu-runtime", "verify", tiny_artifact)
     assert result.code == 0
-    verdicts = [line.split() for line in result.out.splitlines() if line.endswith("pass")]
-    assert {tuple(row[:1] + row[2:4]) for row in verdicts} == {
-        (backend, output, batch)
-        for backend in ("torchscript", "onnxruntime")
-        for output in ("embedding", "tokens")
-        for batch in ("1", "4")
-    }
-    assert result.out.endswith("5 files as recorded; parity passed\n")
+    lines = [line.split() for line in result.out.splitlines() if line.endswith("pass")]
+    steps = [(backend, batch) for backend in ("torchscript", "onnxruntime") for batch in ("1", "4")]
+    assert [(row[0], row[6]) for row in lines if row[0] in ("torchscript", "onnxruntime")] == steps
+    assert [next(o for o in ("embedding", "tokens") if o in row) for row in lines] == ["embedding", "tokens"] * 4
+    assert result.out.endswith("parity passed\n5 files as recorded\n")
     assert [line.split("  ")[0] for line in result.err.splitlines()] == [
         "✓ hash the files",
         "✓ run torchscript",
@@ -130,15 +131,16 @@ def test_verify_as_json_is_a_record_with_figures_limits_and_machine(
     call: Callable[..., Any], tiny_artifact: Path
 ) -> None:
     record = call("npu-runtime", "verify", tiny_artifact, "--json").json
-    assert record["record"] == "verify"
-    assert record["digest"] == open_artifact(tiny_artifact).digest
+    assert (record["record"], record["command"]) == ("parity", "verify")
+    assert record["artifact"]["digest"] == open_artifact(tiny_artifact).digest
     assert record["passed"] is True
-    assert record["not_run"] == {}
-    assert {row["backend"] for row in record["programs"]} == {"torchscript", "onnxruntime"}
-    for row in record["programs"]:
-        assert row["passed"] is True
-        assert {check["metric"] for check in row["checks"]} == {"max_abs_error", "max_relative_l2_error"}
-        assert all(check["value"] == row["metrics"][check["metric"]] <= check["limit"] for check in row["checks"])
+    assert {step["backend"] for step in record["steps"]} == {"torchscript", "onnxruntime"}
+    for step in record["steps"]:
+        assert step["status"] == "passed"
+        for output in (output for output in step["outputs"] if output["group"] is None):
+            checks = output["checks"]
+            assert {check["metric"] for check in checks} == {"max_abs_error", "max_relative_l2_error"}
+            assert all(check["value"] == output["metrics"][check["metric"]] <= check["limit"] for check in checks)
     assert record["environment"]["versions"]["torch"]
 
 
@@ -151,14 +153,14 @@ def test_verify_exits_with_3_when_a_programs_numbers_changed(
     assert result.code == 3
     record = result.json
     assert record["passed"] is False
-    assert {row["backend"] for row in record["programs"] if not row["passed"]} == {"onnxruntime"}
+    assert {step["backend"] for step in record["steps"] if step["status"] == "failed"} == {"onnxruntime"}
     assert record["exit_code"] == 3
-    assert "onnxruntime batch 4 tokens" in record["error"]["got"]
+    assert "onnxruntime batch 4: " in record["error"]["got"]
     assert f"error: {record['error']['what']}" in result.err
 
     text = call("npu-runtime", "verify", artifact_copy)
     assert text.code == 3
-    assert text.out.endswith("parity FAILED\n")
+    assert "parity FAILED at the step export: onnxruntime fp32 on cpu" in text.out
     assert call("npu-runtime", "verify", artifact_copy, "--backend", "torchscript").code == 0
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import tiny
 import torch
@@ -64,7 +65,7 @@ def script(simulated_npu: Callable[..., dict[str, str]]) -> Run:
 
 
 def conditions(record: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = record["programs"][0]["conditions"]
+    found: dict[str, Any] = record["steps"][0]["conditions"]
     return found
 
 
@@ -76,8 +77,8 @@ def test_torchscript_of_every_family_agrees_with_the_reference_and_runs_nothing_
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(done.stdout)
     assert record["passed"] is True
-    assert {row["device"] for row in record["programs"]} == {"npu:0"}
-    assert all(row["metrics"]["max_abs_error"] < 1e-5 for row in record["programs"])
+    assert {step["device"] for step in record["steps"]} == {"npu:0"}
+    assert all(o["metrics"]["max_abs_error"] < 1e-5 for step in record["steps"] for o in step["outputs"])
     report = conditions(record)
     assert report["fallback"] == []
     assert report["numerics"]["torch.npu.conv.allow_hf32"] is False
@@ -97,12 +98,83 @@ def test_eager_of_every_family_agrees_with_the_reference(script: Run, family_art
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.parity.verify import measure_parity
 for row in measure_parity(open_artifact(sys.argv[1]), backend="eager", device="npu:1"):
-    assert row.passed and row.conditions.fallback == (), row
-    print(row.device, row.batch, row.metrics.max_abs_error)
+    assert row.status == "passed" and row.conditions.fallback == (), row
+    print(row.device, row.batches[0])
 """,
         family_artifact,
     )
-    assert done.stdout.startswith("npu:1 1 ")
+    assert done.stdout.startswith("npu:1 1\n")
+
+
+def steps_of(done: subprocess.CompletedProcess[str]) -> list[tuple[str, str, str]]:
+    return [(step["backend"], step["device"], step["status"]) for step in json.loads(done.stdout)["steps"]]
+
+
+def test_the_ladder_of_every_family_passes_from_eager_to_the_device(family_artifact: Path, command: Run) -> None:
+    done = command("parity", family_artifact, *NPU, "--seeds", "42,123", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps_of(done) == [
+        ("eager", "cpu", "passed"),
+        ("torchscript", "cpu", "passed"),
+        ("eager", "npu:0", "passed"),
+        ("torchscript", "npu:0", "passed"),
+    ]
+    record = json.loads(done.stdout)
+    assert [step["baseline"] for step in record["steps"]] == ["stored reference", *["eager fp32 on cpu"] * 3]
+    assert record["steps"][3]["conditions"]["arithmetic"]["matmul"] < 1e-6
+
+
+def test_the_ladder_names_precision_for_hf32(command: Run, tmp_path: Path) -> None:
+    output = export("tiny-convnext", weights="random:3", formats=("torchscript",), output=tmp_path / "convnext")
+    done = command("parity", output, *NPU, "--numerics", "fast", "--json")
+    assert done.returncode == 3, done.stdout + done.stderr
+    record = json.loads(done.stdout)
+    assert (record["cause"], record["first_failure"]) == ("precision", "eager fp32 on npu:0")
+    assert steps_of(done)[:2] == [("eager", "cpu", "passed"), ("torchscript", "cpu", "passed")]
+
+
+def test_the_ladder_names_the_device_for_its_approximate_gelu(command: Run, artifact: Path) -> None:
+    done = command("parity", artifact, *NPU, "--json", SIMULATED_NPU_COMPATIBLE_IMPL="0")
+    assert done.returncode == 3, done.stdout + done.stderr
+    record = json.loads(done.stdout)
+    assert (record["cause"], record["first_failure"]) == ("device", "eager fp32 on npu:0")
+    assert "gelu is not exact" in record["error"]["got"]
+
+
+def test_the_ladder_names_the_export_for_what_only_the_frozen_program_does(
+    command: Run, artifact: Path, tmp_path: Path, rewrite: Callable[..., None]
+) -> None:
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    faults.change_torchscript(copy / "model.ts", faults.change_a_weight)
+    rewrite(copy)
+    done = command("parity", copy, *NPU, "--json")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert (json.loads(done.stdout)["cause"], json.loads(done.stdout)["first_failure"]) == (
+        "export",
+        "torchscript fp32 on cpu",
+    )
+    assert [status for *_, status in steps_of(done)] == ["passed", "failed", "passed", "failed"]
+
+
+def test_an_operator_without_a_kernel_leaves_the_steps_on_the_device_not_run(command: Run, artifact: Path) -> None:
+    done = command("parity", artifact, *NPU, "--json", SIMULATED_NPU_MISSING="aten::gelu")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert [status for *_, status in steps_of(done)] == ["passed", "passed", "not run", "not run"]
+    assert "aten::gelu" in json.loads(done.stdout)["error"]["got"]
+
+
+def test_without_the_checkpoint_the_device_answers_to_the_programs_on_the_cpu(
+    command: Run, artifact: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    document = json.loads((copy / "manifest.json").read_text("utf-8"))
+    document["provenance"]["weights"].update(source=str(tmp_path / "gone"), random_seed=None)
+    (copy / "manifest.json").write_text(json.dumps(document), "utf-8")
+    done = command("parity", copy, *NPU, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [status for *_, status in steps_of(done)] == ["not run", "passed", "not run", "passed"]
+    baselines = [step["baseline"] for step in json.loads(done.stdout)["steps"]]
+    assert (baselines[1], baselines[3]) == ("stored reference", "torchscript fp32 on cpu")
 
 
 def test_hf32_that_is_left_on_fails_parity_and_is_named(command: Run, tmp_path: Path) -> None:
@@ -236,7 +308,7 @@ def test_graphs_are_captured_replayed_and_compared_with_plain_calls(
     log = tmp_path / "log"
     done = command("verify", artifact, *NPU, "--graph", "on", "--json", SIMULATED_NPU_LOG=str(log))
     assert done.returncode == 0, done.stdout + done.stderr
-    graphs = [row["conditions"]["graphs"] for row in json.loads(done.stdout)["programs"]]
+    graphs = [row["conditions"]["graphs"] for row in json.loads(done.stdout)["steps"]]
     assert {graph["batch"] for row in graphs for graph in row} == {1, 2, 4}
     assert all((graph["replayed"], graph["max_abs_difference"]) == (True, 0.0) for row in graphs for graph in row)
     events = log.read_text("utf-8").split("\n")

@@ -20,12 +20,13 @@ from npu_export.encoders.dinov2 import DINOV2_SMALL_REG4
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.encoders.vit import VIT_BASE
 from npu_export.network import load_network, plan_weights
-from npu_export.pipeline import export, seeded_images
+from npu_export.pipeline import export
 from npu_export.precision import in_precision
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import Precision
 from npu_runtime.errors import ParityError
-from npu_runtime.parity.metrics import compare, judge
+from npu_runtime.parity.inputs import seeded_images
+from npu_runtime.parity.metrics import judge, measure_image, summarise
 
 Outputs = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 
@@ -72,7 +73,7 @@ def passes(encoder: EncoderSpec, outputs: Outputs, precision: Precision) -> bool
     return all(
         check.passed
         for name, expected in reference(encoder).items()
-        for check in judge(name, compare(outputs[name], expected), tolerances)
+        for check in judge(name, summarise(list(map(measure_image, outputs[name], expected))), tolerances)
     )
 
 

@@ -19,11 +19,12 @@ from torch import nn
 from npu_export.eager import run_eager
 from npu_export.encoders.vit import VIT_BASE
 from npu_export.network import load_network, plan_weights
-from npu_export.pipeline import export, seeded_images
+from npu_export.pipeline import export
 from npu_export.random_weights import seeded_tensor
 from npu_export.timm_import import import_timm
 from npu_export.weights import find_weights
 from npu_runtime.artifact.store import open_artifact
+from npu_runtime.parity.inputs import seeded_images
 from npu_runtime.torch_interop import without_jit_deprecation
 
 HUB_LAYOUT = Path(__file__).parents[1] / "data" / "layouts" / "vit.hf.tsv"

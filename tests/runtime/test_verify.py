@@ -12,7 +12,8 @@ from torch import nn
 
 from npu_runtime import ArtifactError, UsageError
 from npu_runtime.artifact.store import Artifact, open_artifact
-from npu_runtime.parity.verify import ProgramParity, measure_parity
+from npu_runtime.parity.records import Step
+from npu_runtime.parity.verify import measure_parity
 
 BACKENDS = ("onnxruntime", "torchscript", "eager")
 Record = Callable[[Path], Artifact]
@@ -54,8 +55,8 @@ class Constant(nn.Module):
         return self.program.b4(x)  # type: ignore[no-any-return]
 
 
-def verdicts(rows: list[ProgramParity]) -> dict[tuple[int, str], bool]:
-    return {(row.batch, row.output): row.passed for row in rows}
+def verdicts(rows: list[Step]) -> dict[tuple[int, str], bool]:
+    return {(row.batches[0], output.output): output.passed for row in rows for output in row.whole_outputs}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,8 +65,10 @@ def test_every_program_of_a_fresh_artifact_passes(tiny_artifact: Path, backend: 
     assert verdicts(rows) == {(batch, output): True for batch in (1, 4) for output in ("embedding", "tokens")}
     for row in rows:
         assert (row.backend, row.device) == (backend, "cpu")
-        assert [check.metric for check in row.checks] == ["max_abs_error", "max_relative_l2_error"]
-        assert all(check.value <= check.limit for check in row.checks)
+        assert (row.status, row.reason, row.baseline) == ("passed", None, "stored reference")
+        for output in row.whole_outputs:
+            assert [check.metric for check in output.checks] == ["max_abs_error", "max_relative_l2_error"]
+            assert all(check.value <= check.limit for check in output.checks)
 
 
 @pytest.mark.parametrize("tensor", [0, 1, -1])
@@ -78,7 +81,7 @@ def test_one_perturbed_onnx_weight_fails(artifact_copy: Path, record_again: Reco
     artifact = record_again(artifact_copy)
     rows = list(measure_parity(artifact, backend="onnxruntime"))
     assert not any(passed for (_, output), passed in verdicts(rows).items() if output == "tokens")
-    assert all(row.passed for row in measure_parity(artifact, backend="torchscript"))
+    assert all(row.status == "passed" for row in measure_parity(artifact, backend="torchscript"))
 
 
 def test_a_program_that_mixes_the_rows_of_a_batch_fails(
@@ -132,8 +135,7 @@ def test_a_reference_of_fewer_images_than_a_batch_is_repeated(
     save_file({name: array[:3].copy() for name, array in load_file(file).items()}, file)
     edit_manifest(artifact_copy, lambda document: document["reference"].update(seeds=[0, 1, 2]))
     rows = list(measure_parity(record_again(artifact_copy), backend="onnxruntime"))
-    assert len(rows) == 4
-    assert all(row.passed for row in rows)
+    assert [(row.inputs[-1], row.status) for row in rows] == [("reference 2", "passed"), ("reference 1", "passed")]
 
 
 def test_a_program_that_gives_nan_fails_and_the_values_are_counted(
@@ -145,8 +147,9 @@ def test_a_program_that_gives_nan_fails_and_the_values_are_counted(
     negative = int((artifact.read_reference()[0].sum(axis=(1, 2, 3)) < 0).sum())
     assert negative > 0
     rows = list(measure_parity(artifact, backend="onnxruntime"))
-    assert not any(row.passed for row in rows)
-    assert [row.metrics.nonfinite for row in rows] == [64 * negative, 17 * 64 * negative] * 2
+    assert [row.status for row in rows] == ["failed"] * 2
+    counts = [output.metrics.nan for row in rows for output in row.whole_outputs]
+    assert counts == [64 * negative, 17 * 64 * negative] * 2
 
 
 def test_an_output_without_a_tolerance_does_not_pass(artifact_copy: Path, edit_manifest: Callable[..., None]) -> None:
@@ -155,7 +158,8 @@ def test_an_output_without_a_tolerance_does_not_pass(artifact_copy: Path, edit_m
 
     edit_manifest(artifact_copy, change)
     rows = list(measure_parity(open_artifact(artifact_copy), backend="onnxruntime"))
-    assert {row.output: row.passed for row in rows} == {"embedding": False, "tokens": True}
+    assert {output: passed for (_, output), passed in verdicts(rows).items()} == {"embedding": False, "tokens": True}
+    assert "embedding has no tolerance" in str(rows[0].reason)
 
 
 def test_a_tighter_tolerance_fails_what_a_looser_one_passes(
@@ -163,8 +167,8 @@ def test_a_tighter_tolerance_fails_what_a_looser_one_passes(
 ) -> None:
     edit_manifest(artifact_copy, lambda document: document["tolerances"][0].update(limit=0.0))
     rows = list(measure_parity(open_artifact(artifact_copy), backend="onnxruntime", threads=1))
-    assert [row.passed for row in rows if row.output == "tokens"] == [True, True]
-    assert not all(row.passed for row in rows if row.output == "embedding")
+    assert [passed for (_, output), passed in verdicts(rows).items() if output == "tokens"] == [True, True]
+    assert not all(passed for (_, output), passed in verdicts(rows).items() if output == "embedding")
 
 
 def test_a_changed_program_is_refused_rather_than_measured(artifact_copy: Path) -> None:

@@ -101,6 +101,25 @@ def explain_full_disk(output: Path) -> Iterator[None]:
         ) from error
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write one file, whole or not at all; raises Error that says so where the disk takes no more bytes."""
+    partial = path.with_name(f".{path.name}.{PARTIAL}-{secrets.token_hex(4)}")
+    try:
+        with explain_full_disk(path):
+            partial.write_bytes(data)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Raise UsageError where a file could not be written later: it exists without `force`, or has no folder."""
+    if path.exists() and not force:
+        raise UsageError("the output exists", where=path, hint="pass another name, or --force")
+    if not path.parent.is_dir():
+        raise UsageError("the folder of the output does not exist", where=path.parent, hint="make it first")
+
+
 def clean_leftovers(final: Path) -> None:
     """Remove what killed runs left beside `final`; put back an artifact that was being replaced."""
     pattern = re.compile(rf"\.{re.escape(final.name)}\.({PARTIAL}|{REPLACED})-[0-9a-f]{{8}}")

@@ -10,6 +10,8 @@ from npu_runtime.backends.base import Backend
 from npu_runtime.devices import Device
 from npu_runtime.errors import ArtifactError, UnavailableError, UsageError
 
+EAGER = "eager"
+"""The backend of the unmodified network, which the exporter adds."""
 ENTRY_POINT_GROUP = "npu_runtime.backends"
 
 BUILT_IN = {

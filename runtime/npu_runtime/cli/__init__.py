@@ -13,6 +13,8 @@ from npu_runtime.cli.console import run_command
 COMMANDS = {
     "inspect": "What is in an artifact.",
     "verify": "Hashes, then parity against the stored reference, on this device.",
+    "parity": "Step by step from eager to the device, on seeds and images; names what is to blame.",
+    "show": "What a record says, and how it differs from another.",
     "bench": "Latency of eager and exported, side by side.",
     "embed": "Features of image files.",
     "doctor": "What this machine can run, and what to do about the rest.",

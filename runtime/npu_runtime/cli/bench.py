@@ -10,7 +10,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from npu_runtime.artifact.store import Artifact, open_artifact
-from npu_runtime.backends.table import FORMATS, backend_name, backend_names
+from npu_runtime.backends.table import EAGER, FORMATS, backend_name, backend_names
 from npu_runtime.bench.measure import measure_latency
 from npu_runtime.bench.statistics import Latency, paired_speedup, summarise_latency
 from npu_runtime.cli.console import (
@@ -31,8 +31,6 @@ from npu_runtime.structured import to_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-EAGER = "eager"
 
 
 @click.command()

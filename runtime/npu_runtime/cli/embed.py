@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from npu_runtime.artifact.staging import explain_full_disk
+from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Array
 from npu_runtime.cli.console import StepProgress, print_conditions, print_json, print_line, print_weights
 from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
@@ -56,10 +54,7 @@ def command(
     """Embed image files, preprocessed as the manifest records, one row [D] for each in the order given."""
     if output.suffix not in SUFFIXES:
         raise UsageError("unknown kind of output", where=output, expected=" or ".join(SUFFIXES), got=output.suffix)
-    if output.exists() and not force:
-        raise UsageError("the output exists", where=output, hint="pass --output with another name, or --force")
-    if not output.parent.is_dir():
-        raise UsageError("the folder of the output does not exist", where=output.parent, hint="make it first")
+    check_new_file(output, force=force)
     missing = [image for image in images if not Path(image).is_file()]
     if missing:
         raise InputError("there is no such image file", where="\n".join(missing))
@@ -110,10 +105,4 @@ def write_features(output: Path, name: str, features: Array, metadata: Mapping[s
         from safetensors.numpy import save
 
         data = save({name: features}, dict(metadata))
-    partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with explain_full_disk(output):
-            partial.write_bytes(data)
-            os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(output, data)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from npu_runtime.devices.device import Device
-from npu_runtime.errors import Error, ProgramError, UsageError
+from npu_runtime.errors import Error, NumericsError, ProgramError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -275,12 +275,13 @@ def measure_arithmetic(device: torch.device) -> Arithmetic:
 
 
 def require_strict(arithmetic: Arithmetic, operators: Iterable[str], device: Device) -> None:
-    """Raise ProgramError when an operator that the program runs is not exact under strict numerics."""
+    """Raise NumericsError when an operator that the program runs is not exact under strict numerics."""
     for name in arithmetic.inexact():
         used = [o for o in operators if any(part in o.partition("::")[2] for part in OPERATORS[name])]
         if used:
-            raise ProgramError(
+            raise NumericsError(
                 f"{name} is not exact float32 on {device}, and strict numerics ask for it",
+                operator=name,
                 where=", ".join(sorted(used)),
                 expected=f"an error below {EXACT:.0e}",
                 got=f"{getattr(arithmetic, name):.1e}, measured on the device",

@@ -1,4 +1,4 @@
-"""Who is told of an export's steps."""
+"""Who is told of the steps of a long task."""
 
 from __future__ import annotations
 

@@ -1,0 +1,215 @@
+"""npu-runtime parity: the ladder from the eager reference to the exported programs on a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+
+from npu_runtime.artifact.schema import Manifest, Tolerance
+from npu_runtime.artifact.staging import check_new_file, write_file
+from npu_runtime.artifact.store import Artifact, open_artifact
+from npu_runtime.backends.table import backend_name
+from npu_runtime.cli.console import INTERRUPTED, StepProgress, print_error, print_line
+from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
+from npu_runtime.cli.parity_tables import print_parity
+from npu_runtime.encoder import RunOptions
+from npu_runtime.errors import Error, InputError, ParityError, UnavailableError
+from npu_runtime.parity.inputs import DEFAULT_SEEDS, Inputs, InputSource, array_inputs, image_inputs, seeded_inputs
+from npu_runtime.parity.ladder import Ladder, WorstInput, plan_ladder
+from npu_runtime.parity.profiles import PROFILES
+from npu_runtime.parity.records import Cause, ParityRecord, encode_record, make_record
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+NEXT: Mapping[Cause, str] = {
+    "checkpoint": "the checkpoint, or how its keys are mapped, is not what the artifact was exported from",
+    "precision": "compare figures under --numerics strict, and choose a --precision that the encoder bears",
+    "export": "the frozen program differs from the network: export it again",
+    "device": "an operator of this device differs: compare versions and numerics with npu-runtime doctor",
+}
+
+
+def _parse_seeds(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    parts = [] if value is None else [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"expected whole numbers such as 42,123, got {value!r}", context, parameter)
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@click.command()
+@artifact_argument
+@click.option(
+    "--backend", "backends", multiple=True, metavar="NAME", help="Only these exported programs.  [default: all]"
+)
+@click.option("--seeds", callback=_parse_seeds, metavar="N,N…", help="Random images.  [default: 42,123,256,789,1024]")
+@click.option(
+    "--images", multiple=True, type=click.Path(), metavar="FILE|DIR", help="Image files, preprocessed as recorded."
+)
+@click.option(
+    "--arrays", type=click.Path(), metavar="FILE", help="pixel_values [N, 3, H, W] in .npy, .npz or .safetensors."
+)
+@click.option("--skip-bad", is_flag=True, help="Exit with 0 in spite of images that cannot be read.")
+@click.option("--weights", metavar="FILE|DIR", help="Where the checkpoint lies now, for eager.  [default: as recorded]")
+@click.option(
+    "--tolerance", "limits", multiple=True, metavar="OUTPUT.METRIC=LIMIT", help="In place of the artifact's own."
+)
+@click.option("--profile", type=click.Choice(list(PROFILES)), help="Show other criteria beside the artifact's.")
+@click.option(
+    "--record", type=click.Path(path_type=Path), metavar="FILE", help="Write the record here as well, as JSON."
+)
+@click.option(
+    "--save-worst", type=click.Path(path_type=Path), metavar="FILE", help="Write the worst input and its outputs."
+)
+@click.option("--force", is_flag=True, help="Replace the files of --record and --save-worst.")
+@run_options
+@threads_option
+@json_option
+def command(
+    artifact: str,
+    backends: tuple[str, ...],
+    seeds: tuple[int, ...],
+    images: tuple[str, ...],
+    arrays: str | None,
+    skip_bad: bool,
+    weights: str | None,
+    limits: tuple[str, ...],
+    profile: str | None,
+    record: Path | None,
+    save_worst: Path | None,
+    force: bool,
+    as_json: bool,
+    **how: Unpack[RunOptions],
+) -> None:
+    """Compare step by step, and name the first step that is beyond its tolerance.
+
+    Eager fp32 on the CPU against the stored reference; then, against eager fp32 on the same inputs, eager in the
+    artifact's precision, each exported program on the CPU, eager on the device and each exported program there.
+    Without the checkpoint the programs on the CPU answer to the stored reference and those on the device to
+    them. Steps that this machine cannot make are listed with the reason.
+
+    Exits with 3 when a step fails, 4 when nothing could be run on the device, 1 when an image could not be read.
+    """
+    for file in (record, save_worst):
+        if file is not None:
+            check_new_file(file, force=force)
+    opened = open_artifact(artifact)
+    overridden = tuple(_parse_tolerance(text, opened.manifest) for text in limits)
+    opened = _with_tolerances(opened, overridden)
+    rungs = plan_ladder(opened.manifest, how["device"], [backend_name(name) for name in backends])
+    progress = StepProgress()
+    start = time.monotonic()
+    with progress.step("hash the files"):
+        opened.check_files()
+    with progress.step("read the inputs"):
+        inputs = Inputs(_sources(opened.manifest, seeds, images, arrays))
+    ladder = Ladder(opened, inputs, watch=progress, weights=weights, profile=PROFILES.get(profile or "", ()), **how)
+    interrupted = False
+    try:
+        ladder.climb(rungs)
+    except KeyboardInterrupt:
+        interrupted = True
+    made = make_record(
+        "parity",
+        opened,
+        how["device"],
+        ladder.steps,
+        inputs=inputs.records,
+        skipped=inputs.skipped,
+        overridden=overridden,
+        profile=profile,
+        partial=interrupted,
+        seconds=time.monotonic() - start,
+    )
+    error = _ending(made, skip_bad=skip_bad)
+    text = encode_record(made, error)
+    if record is not None:
+        write_file(record, (text + "\n").encode())
+    if save_worst is not None and ladder.worst is not None:
+        write_file(save_worst, _encode_worst(ladder.worst))
+    if as_json:
+        click.echo(text)
+    else:
+        print_parity(made, details=True)
+        if save_worst is not None and ladder.worst is not None:
+            print_line(f"worst     {ladder.worst.name} and its outputs are in {save_worst}")
+    if error is not None:
+        print_error(error)
+    click.get_current_context().exit(INTERRUPTED if interrupted else 0 if error is None else error.exit_code)
+
+
+def _ending(record: ParityRecord, *, skip_bad: bool) -> Error | None:
+    """With what error the command ends; None where parity was shown."""
+    failed = next((step for step in record.steps if step.status == "failed"), None)
+    if failed is not None:
+        return ParityError(
+            f"the first step beyond its tolerance is {failed.cause}",
+            where=f"{record.artifact.path}: {failed.title}",
+            expected="every check within its limit",
+            got=failed.reason,
+            hint=NEXT[failed.cause],
+        )
+    if record.partial:
+        return None
+    if not record.passed:
+        reasons = dict.fromkeys(step.reason for step in record.steps if step.status == "not run")
+        return UnavailableError(f"nothing could be run on {record.device}", got="\n".join(filter(None, reasons)))
+    if record.skipped and not skip_bad:
+        return InputError(
+            "images could not be read",
+            where="\n".join(skipped.name for skipped in record.skipped),
+            hint="parity of the others passed; --skip-bad leaves them out without an error",
+        )
+    return None
+
+
+def _sources(
+    manifest: Manifest, seeds: tuple[int, ...], images: tuple[str, ...], arrays: str | None
+) -> list[InputSource]:
+    """The inputs that were asked for; the default seeds where none were."""
+    spec = manifest.inputs[0]
+    sources = seeded_inputs(seeds or (() if images or arrays else DEFAULT_SEEDS), spec)
+    sources += image_inputs(images, manifest.preprocessing)
+    return sources + ([] if arrays is None else array_inputs(arrays, spec))
+
+
+def _parse_tolerance(text: str, manifest: Manifest) -> Tolerance:
+    """`tokens.max_abs_error=1e-3`, for every kind of device."""
+    name, _, limit = text.partition("=")
+    output, _, metric = name.rpartition(".")
+    known = {(t.output, t.metric): t for t in manifest.tolerances}
+    try:
+        value = float(limit)
+    except ValueError:
+        value = -1.0
+    if (output, metric) not in known or not 0 <= value < float("inf"):
+        expected = ", ".join(f"{o}.{m}=LIMIT" for o, m in known)
+        raise click.BadParameter(f"expected one of {expected} with a number of 0 or more, got {text!r}")
+    return replace(known[output, metric], limit=value, basis=f"given as --tolerance {text}")  # type: ignore[index]
+
+
+def _with_tolerances(artifact: Artifact, given: tuple[Tolerance, ...]) -> Artifact:
+    """The artifact with other limits than its manifest's, on every kind of device."""
+    by_name = {(t.output, t.metric): t for t in given}
+    tolerances = tuple(
+        replace(by_name[t.output, t.metric], device=t.device) if (t.output, t.metric) in by_name else t
+        for t in artifact.manifest.tolerances
+    )
+    return replace(artifact, manifest=replace(artifact.manifest, tolerances=tolerances))
+
+
+def _encode_worst(worst: WorstInput) -> bytes:
+    """safetensors: pixel_values [1, 3, H, W], `actual.OUTPUT` and `expected.OUTPUT` [1, ...]."""
+    from safetensors.numpy import save
+
+    tensors = {"pixel_values": worst.pixel_values}
+    for side, outputs in (("actual", worst.actual), ("expected", worst.expected)):
+        tensors.update({f"{side}.{name}": np.ascontiguousarray(array) for name, array in outputs.items()})
+    data: bytes = save(tensors, {"input": worst.name})
+    return data

@@ -1,0 +1,89 @@
+"""One session against a baseline, image by image, so that memory holds the outputs of one chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from npu_runtime.artifact.schema import TensorSpec, Tolerance
+from npu_runtime.artifact.store import Array
+from npu_runtime.errors import ProgramError
+from npu_runtime.parity.metrics import ImageMetrics, judge, measure_image, neighbours_kept, summarise
+from npu_runtime.parity.profiles import Criterion, judge_profile
+from npu_runtime.parity.records import OutputParity
+
+Outputs = Mapping[str, Array]
+"""By name, float32 [N, ...]."""
+
+
+class Measurement:
+    """Figures of a session's outputs, gathered chunk by chunk."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self._specs = specs
+        self._images: dict[tuple[str, str | None], list[ImageMetrics]] = {}
+        self._vectors: dict[str, tuple[list[Array], list[Array]]] = {}
+        self.worst: int | None = None
+        """Number of the image that is farthest off, by the largest relative L2 error of its outputs."""
+        self.worst_outputs: tuple[Outputs, Outputs] = ({}, {})
+        """Its own outputs and the expected ones, [1, ...]."""
+        self._worst_error = -1.0
+        self._count = 0
+
+    def add(self, actual: Outputs, expected: Outputs) -> None:
+        """Outputs of the next images. Raises ProgramError when names, shapes or numbers of images differ."""
+        if _shapes(actual) != _shapes(expected):
+            raise ProgramError(
+                "the program gives other outputs than the baseline", expected=_shapes(expected), got=_shapes(actual)
+            )
+        for index in range(len(next(iter(actual.values())))):
+            errors = [
+                self._add_image(spec, actual[spec.name][index], expected[spec.name][index]) for spec in self._specs
+            ]
+            error = max(np.inf if np.isnan(error) else error for error in errors)
+            if error > self._worst_error:
+                self._worst_error, self.worst = error, self._count
+                self.worst_outputs = (_image(actual, index), _image(expected, index))
+            self._count += 1
+
+    def results(self, tolerances: Sequence[Tolerance], profile: Sequence[Criterion] = ()) -> tuple[OutputParity, ...]:
+        """What was gathered, each whole output judged."""
+        return tuple(self._results(tolerances, profile))
+
+    def _add_image(self, spec: TensorSpec, actual: Array, expected: Array) -> float:
+        whole = measure_image(actual, expected)
+        self._images.setdefault((spec.name, None), []).append(whole)
+        for group in spec.groups:
+            part = slice(group.start, group.stop)
+            figures = measure_image(actual[part], expected[part])
+            self._images.setdefault((spec.name, group.name), []).append(figures)
+        if actual.ndim == 1:
+            vectors = self._vectors.setdefault(spec.name, ([], []))
+            vectors[0].append(actual.copy())
+            vectors[1].append(expected.copy())
+        return whole.relative_l2_error
+
+    def _results(self, tolerances: Sequence[Tolerance], profile: Sequence[Criterion]) -> Iterator[OutputParity]:
+        for (output, group), images in self._images.items():
+            metrics, kept = summarise(images), None
+            if group is None and output in self._vectors:
+                kept = neighbours_kept(*(np.stack(vectors) for vectors in self._vectors[output]))
+            whole = group is None
+            yield OutputParity(
+                output,
+                group,
+                metrics,
+                kept,
+                tuple(images),
+                judge(output, metrics, tolerances) if whole else (),
+                judge_profile(output, metrics, profile) if whole else (),
+            )
+
+
+def _image(outputs: Outputs, index: int) -> Outputs:
+    return {name: array[index : index + 1].copy() for name, array in outputs.items()}
+
+
+def _shapes(outputs: Outputs) -> str:
+    return ", ".join(f"{name} {list(outputs[name].shape)}" for name in sorted(outputs))

@@ -1,0 +1,257 @@
+"""What a parity run found, as data that another machine can read.
+
+Versions of the schema:
+    1.0  first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from npu_runtime.artifact.schema import Precision, Tolerance, Weights
+from npu_runtime.artifact.store import Artifact
+from npu_runtime.backends.base import SessionReport
+from npu_runtime.devices import parse_device
+from npu_runtime.environment import describe_environment
+from npu_runtime.errors import Error
+from npu_runtime.parity.inputs import InputRecord, SkippedInput
+from npu_runtime.parity.metrics import Check, ImageMetrics, Metrics
+from npu_runtime.structured import Reader, to_json
+
+SCHEMA_MAJOR = 1
+SCHEMA_MINOR = 0
+
+BESIDE = ("record", "schema", "error", "exit_code")
+"""Fields of the document that are no figures of the run."""
+
+Cause = Literal["checkpoint", "precision", "export", "device"]
+"""What a step of the ladder adds, and so what is to blame when it is the first beyond its tolerance."""
+Status = Literal["passed", "failed", "not run", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParity:
+    """One output, or the tokens of one kind in it, against the baseline's."""
+
+    output: str
+    group: str | None
+    """Kind of tokens; None for the whole output, which alone is judged."""
+    metrics: Metrics
+    neighbours_kept: float | None
+    """Of outputs [B, D]; None for others and where there are too few images."""
+    images: tuple[ImageMetrics, ...]
+    """In the order of the step's inputs."""
+    checks: tuple[Check, ...]
+    profile: tuple[Check, ...]
+    """Criteria of the profile that was asked for; they decide nothing."""
+
+    @property
+    def passed(self) -> bool:
+        """Every check passed; an output without a tolerance is not judged and does not pass."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One session against a baseline."""
+
+    cause: Cause
+    """What it adds to the step before; where it failed, what the figures blame."""
+    backend: str
+    device: str
+    precision: Precision
+    batches: tuple[int, ...]
+    baseline: str
+    """What the outputs were compared with: `stored reference`, or a session by its title."""
+    inputs: tuple[str, ...]
+    """Names of the images that were run, those of a batch that was repeated as often as they were."""
+    status: Status
+    reason: str | None
+    """Why it failed or was not run; None where it passed."""
+    outputs: tuple[OutputParity, ...]
+    conditions: SessionReport | None
+    """None where nothing was opened."""
+    worst: str | None
+    """The input whose outputs are farthest off, by relative L2 error; None where none was run."""
+    seconds: float
+
+    @property
+    def title(self) -> str:
+        """`torchscript fp16 on npu:0`."""
+        return step_title(self.backend, self.precision, self.device)
+
+    @property
+    def whole_outputs(self) -> tuple[OutputParity, ...]:
+        """Those that are judged, without their parts."""
+        return tuple(output for output in self.outputs if output.group is None)
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactRecord:
+    """Which artifact was run."""
+
+    path: str
+    digest: str
+    """sha256 of its manifest.json, which holds the hash of every other file."""
+    encoder: str
+    precision: Precision
+    weights: Weights
+    summary: str
+    """One line: whose weights these are."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRecord:
+    """A run of `verify` or `parity`."""
+
+    command: Literal["verify", "parity"]
+    artifact: ArtifactRecord
+    environment: Mapping[str, object]
+    device: str
+    inputs: tuple[InputRecord, ...]
+    skipped: tuple[SkippedInput, ...]
+    tolerances: tuple[Tolerance, ...]
+    """Those in force, of every kind of device."""
+    overridden: tuple[Tolerance, ...]
+    """Those of them that were given in place of the manifest's."""
+    profile: str | None
+    steps: tuple[Step, ...]
+    first_failure: str | None
+    """Title of the first step beyond its tolerance."""
+    cause: Cause | None
+    """Of that step."""
+    partial: bool
+    """Whether the run was interrupted; what was measured until then is kept."""
+    passed: bool
+    """Every step that ran passed, one ran on the device, and the run was not interrupted."""
+    seconds: float
+
+
+def not_run(backend: str, device: str, precision: Precision, reason: str, cause: Cause = "export") -> Step:
+    """A step that this machine cannot make."""
+    return Step(cause, backend, device, precision, (), "-", (), "not run", reason, (), None, None, 0.0)
+
+
+def make_record(
+    command: Literal["verify", "parity"],
+    artifact: Artifact,
+    device: str,
+    steps: Sequence[Step],
+    *,
+    inputs: Sequence[InputRecord],
+    seconds: float,
+    skipped: Sequence[SkippedInput] = (),
+    overridden: Sequence[Tolerance] = (),
+    profile: str | None = None,
+    partial: bool = False,
+) -> ParityRecord:
+    """The record of steps that were made here and now."""
+    manifest, device = artifact.manifest, str(parse_device(device))
+    failed = next((step for step in steps if step.status == "failed"), None)
+    ran = any(step.status == "passed" and step.device == device and step.cause != "checkpoint" for step in steps)
+    weights = manifest.provenance.weights
+    return ParityRecord(
+        command,
+        ArtifactRecord(
+            str(artifact.path),
+            artifact.digest,
+            manifest.encoder,
+            manifest.precision,
+            weights,
+            manifest.weights_summary(),
+        ),
+        describe_environment(),
+        device,
+        tuple(inputs),
+        tuple(skipped),
+        manifest.tolerances,
+        tuple(overridden),
+        profile,
+        tuple(steps),
+        None if failed is None else failed.title,
+        None if failed is None else failed.cause,
+        partial,
+        failed is None and ran and not partial,
+        seconds,
+    )
+
+
+def step_title(backend: str, precision: str, device: str) -> str:
+    """How a session is called everywhere: `eager fp32 on cpu`."""
+    return f"{backend} {precision} on {device}"
+
+
+def encode_record(record: ParityRecord, error: Error | None = None) -> str:
+    """The record as indented JSON, and beside it the error with which the command ends."""
+    ending = {} if error is None else {"error": error.fields(), "exit_code": error.exit_code}
+    document = {"record": "parity", "schema": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}", **to_json(record), **ending}
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def read_record(path: str | Path) -> ParityRecord:
+    """The record in a file, wherever it was made. Raises Error when it is none, damaged, or of a newer major schema."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise Error("the record is no text", where=path, got=error) from error
+    return decode_record(text, str(path))
+
+
+def decode_record(text: str, where: str) -> ParityRecord:
+    """The record in `text`, read from `where`; see `read_record`."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Error("the record is not JSON", where=where, got=error) from error
+    version = document.get("schema") if isinstance(document, dict) and document.get("record") == "parity" else None
+    match = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
+    if match is None or int(match[1]) != SCHEMA_MAJOR:
+        raise Error(
+            "this is no parity record that this version reads",
+            where=where,
+            expected=f'"record": "parity" of schema {SCHEMA_MAJOR}.x',
+            got=f"schema {version}" if match else text[:80],
+            hint="pass what npu-runtime parity or verify wrote; upgrade npu-export to read a newer one",
+        )
+    body = {name: value for name, value in document.items() if name not in BESIDE}
+    reader = Reader("the record", where, "the file was edited or damaged; run it again", Error, allow_not_finite=True)
+    return reader.decode(ParityRecord, body, lenient=int(match[2]) > SCHEMA_MINOR)
+
+
+def differences(one: ParityRecord, other: ParityRecord) -> tuple[str, ...]:
+    """What makes two records hard to compare, in words: artifacts, devices, numerics, versions, inputs."""
+    told: list[str] = []
+
+    def tell(what: str, a: object, b: object) -> None:
+        if a != b:
+            told.append(f"{what}: {a} and {b}")
+
+    tell("artifact", one.artifact.digest[:12], other.artifact.digest[:12])
+    tell("weights", one.artifact.weights.state_sha256[:12], other.artifact.weights.state_sha256[:12])
+    tell("device", one.device, other.device)
+    tell("processor", one.environment.get("processor"), other.environment.get("processor"))
+    numerics = [
+        {step.title: dict(step.conditions.numerics) for step in record.steps if step.conditions is not None}
+        for record in (one, other)
+    ]
+    for title in numerics[0]:
+        if title in numerics[1]:
+            a, b = numerics[0][title], numerics[1][title]
+            changed = [name for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
+            for name in changed:
+                tell(f"numerics of {title}, {name}", a.get(name), b.get(name))
+    versions = [dict(_mapping(record.environment.get("versions"))) for record in (one, other)]
+    for package in dict.fromkeys((*versions[0], *versions[1])):
+        tell(f"version of {package}", versions[0].get(package), versions[1].get(package))
+    if {i.sha256 for i in one.inputs} != {i.sha256 for i in other.inputs}:
+        told.append(f"inputs: {len(one.inputs)} and {len(other.inputs)}, not the same images")
+    return tuple(told)
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
