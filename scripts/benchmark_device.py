@@ -108,9 +108,9 @@ def open_all(
     with contextlib.ExitStack() as stack:
         encoders, memory = {}, {}
         for way, (backend, graph) in WAYS.items():
-            rows = measure_parity(artifact, backend=backend, device=device, graph=graph)
-            if far := [row for row in rows if not row.passed]:
-                raise SystemExit(f"{way} is farther from the reference than its tolerance: {far[0]}")
+            steps = measure_parity(artifact, backend=backend, device=device, graph=graph)
+            if far := [step for step in steps if step.status != "passed"]:
+                raise SystemExit(f"{way} is farther from the reference than its tolerance: {far[0].reason}")
             before = accelerator.memory().allocated_nbytes
             accelerator.reset_peak()
             opened = load(artifact, backend=backend, device=device, batches=batches, graph=graph)

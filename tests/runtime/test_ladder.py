@@ -198,6 +198,15 @@ def test_without_the_checkpoint_the_programs_answer_to_the_stored_reference(
     assert record.steps[1].inputs == tuple(f"reference {seed}" for seed in range(4))
 
 
+def test_an_encoder_that_this_exporter_does_not_know_leaves_eager_not_run(
+    artifact_copy: Path, edit_manifest: Callable[..., None]
+) -> None:
+    edit_manifest(artifact_copy, lambda document: document.update(encoder="vit-of-somebody-else"))
+    record = climb(open_artifact(artifact_copy))
+    assert verdicts(record) == [("eager", "not run"), ("torchscript", "passed"), ("onnxruntime", "passed")]
+    assert "unknown encoder" in str(record.steps[0].reason)
+
+
 def test_half_precision_has_a_step_of_its_own(
     tiny_checkpoint: Path, tmp_path: Path, mutate_eager: Callable[..., None]
 ) -> None:

@@ -24,7 +24,8 @@ from npu_runtime.artifact.schema import Manifest
 from npu_runtime.backends.base import SessionReport
 from npu_runtime.errors import Error, UnavailableError
 
-LEAST_TABLE_WIDTH = 140
+WIDEST_TABLE = 1000
+"""Characters, more than any row has."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, 128 + SIGINT, as shells expect."""
 
@@ -51,7 +52,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*row)
     # No column is cut: on a narrow terminal, in a file or in a pipe, long rows run on.
-    width = max(Console().width, LEAST_TABLE_WIDTH)
+    width = max(Console().width, Console(width=WIDEST_TABLE).measure(table).maximum)
     Console(highlight=False, width=width).print(table, soft_wrap=True)
 
 

@@ -65,24 +65,7 @@ def print_parity(record: ParityRecord, *, details: bool) -> None:
         )
     if record.profile is not None:
         print_line("")
-        print_table(
-            f"the criteria of the profile {record.profile}, which decide nothing here",
-            ("step", "output", "criterion", "value", "limit", "verdict"),
-            [
-                (
-                    step.title,
-                    check.output,
-                    check.metric,
-                    f"{check.value:.3g}",
-                    f"{check.comparison} {check.limit:g}",
-                    "pass" if check.passed else "FAIL",
-                )
-                for step in record.steps
-                for output in step.whole_outputs
-                for check in output.profile
-            ],
-            left=3,
-        )
+        _print_profile(record)
     print_conditions({step.title: step.conditions for step in record.steps if step.conditions is not None})
     for tolerance in record.overridden:
         print_line(f"tolerance {tolerance.output}.{tolerance.metric} {tolerance.limit:g}, {tolerance.basis}", warn=True)
@@ -106,6 +89,22 @@ def print_differences(record: ParityRecord, other: ParityRecord, name: str) -> N
             was, now = (o and o.metrics.max_relative_l2_error for o in (old, output))
             rows.append((step.title, output.output, "-" if was is None else f"{was:.2e}", f"{now:.2e}"))
     print_table(f"max rel L2 against {name}", ("step", "output", "there", "here"), rows, left=2)
+
+
+def _print_profile(record: ParityRecord) -> None:
+    """A row for each output, a column for each criterion."""
+    judged = [(step.title, output) for step in record.steps for output in step.whole_outputs if output.profile]
+    criteria = judged[0][1].profile if judged else ()
+    signs = {"at most": "≤", "at least": "≥"}
+    print_table(
+        f"the criteria of the profile {record.profile}, which decide nothing here",
+        ("step", "output", *(f"{c.metric.replace('_', ' ')} {signs[c.comparison]} {c.limit:g}" for c in criteria)),
+        [
+            (title, output.output, *(f"{'' if c.passed else 'FAIL '}{c.value:.3g}" for c in output.profile))
+            for title, output in judged
+        ],
+        left=2,
+    )
 
 
 def _judged_rows(step: Step) -> list[tuple[str, ...]]:

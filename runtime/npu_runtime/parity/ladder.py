@@ -224,10 +224,10 @@ class Ladder:
             artifact = replace(artifact, manifest=replace(artifact.manifest, precision=rung.precision))
         try:
             return load(artifact, backend=rung.backend, weights=weights, **how)
-        except (UsageError, UnavailableError, ProgramError, ArtifactError, WeightsError):
+        except (UnavailableError, ProgramError, ArtifactError, WeightsError):
             raise
-        except Error as error:  # a checkpoint that is elsewhere is no reason to stop, unless it was named
-            if weights is not None:
+        except Error as error:  # an encoder or checkpoint that is not here is no reason to stop, unless it was named
+            if rung.backend != EAGER or weights is not None:
                 raise
             raise _NotRunError(_in_a_line(error)) from error
 
