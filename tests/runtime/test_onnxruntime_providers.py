@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from npu_runtime import UnavailableError, UsageError, load
-from npu_runtime.backends import onnxruntime as backend
+from npu_runtime.backends import inference_session as backend
 from npu_runtime.devices import Device
 
 CPU = "CPUExecutionProvider"

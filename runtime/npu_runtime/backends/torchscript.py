@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from npu_runtime.artifact.schema import Program
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import Options, missing_package, programs_of, unreadable_program
-from npu_runtime.backends.torch_session import Call, TorchSession, open_torch_session
+from npu_runtime.backends.torch_session import TorchSession, open_torch_session
 from npu_runtime.devices import Device
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import ArtifactError
 from npu_runtime.torch_interop import without_jit_deprecation
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TorchScriptBackend:
@@ -23,29 +29,35 @@ class TorchScriptBackend:
             raise missing_package("torch", "torch", "torchscript") from error
         checked = programs_of(artifact, self.format, options)
 
-        def open_entry_points(device: Device, batches: Sequence[int]) -> Mapping[int, Call]:
-            """The entry points of a file, one for each batch size, over one copy of the weights."""
-            import torch
+        return open_torch_session(
+            artifact, device, options, lambda device, _: open_entry_points(artifact.path, checked, device)
+        )
 
-            modules: dict[str, torch.jit.ScriptModule] = {}
-            calls: dict[int, Call] = {}
-            for program in checked:
-                path = artifact.path / program.file
-                if program.file not in modules:
-                    try:
-                        with without_jit_deprecation():
-                            modules[program.file] = torch.jit.load(str(path), map_location=str(device))
-                    except RuntimeError as error:
-                        raise unreadable_program(path, error, "torch") from error
-                method = getattr(modules[program.file], str(program.entry_point), None)
-                if method is None:
-                    raise ArtifactError(
-                        "the TorchScript file lacks an entry point that the manifest names",
-                        where=path,
-                        expected=program.entry_point,
-                        hint="export the artifact again",
-                    )
-                calls[program.batch] = method
-            return calls
 
-        return open_torch_session(artifact, device, options, open_entry_points)
+def open_entry_points(folder: Path, programs: Sequence[Program], device: Device) -> Mapping[int, Any]:
+    """torch's methods by batch size, on a device, over one copy of the weights of each file.
+
+    Raises ArtifactError where torch does not open a file, or the file lacks an entry point.
+    """
+    import torch
+
+    modules: dict[str, torch.jit.ScriptModule] = {}
+    methods: dict[int, Any] = {}
+    for program in programs:
+        path = folder / program.file
+        if program.file not in modules:
+            try:
+                with without_jit_deprecation():
+                    modules[program.file] = torch.jit.load(str(path), map_location=str(device))
+            except RuntimeError as error:
+                raise unreadable_program(path, error, "torch") from error
+        method = getattr(modules[program.file], str(program.entry_point), None)
+        if method is None:
+            raise ArtifactError(
+                "the TorchScript file lacks an entry point that the manifest names",
+                where=path,
+                expected=program.entry_point,
+                hint="export the artifact again",
+            )
+        methods[program.batch] = method
+    return methods
