@@ -41,7 +41,8 @@ MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
 FILE_NAME = st.from_regex(r"[a-zä ]{1,6}(/[a-z]{1,3})?(\.[a-z]{1,4})?", fullmatch=True)
 
 
-PROBES = {"file": "reference.safetensors", "batch": 1, "basis": "", "boundaries": []}
+PROBES = {"file": "reference.safetensors", "batch": 1, "accelerator_margin": 10, "basis": ""}
+STEM = {"module": "stem", "limit": 1e-5, "places": {}}
 
 
 @st.composite
@@ -74,11 +75,16 @@ def manifests(draw: st.DrawFn) -> Manifest:
         st.sampled_from(["cpu", "cuda", "npu"]),
     )
     frozen = draw(st.lists(programs, min_size=1, max_size=3))
-    boundaries = st.builds(Boundary, TEXT, NUMBER, st.dictionaries(st.sampled_from([p.format for p in frozen]), TEXT))
-    probes = st.builds(
-        Probes, names, st.sampled_from([p.batch for p in frozen]), TEXT, st.lists(boundaries, max_size=2).map(tuple)
-    )
     positive = st.floats(1e-3, 1e3)
+    boundaries = st.builds(Boundary, TEXT, positive, st.dictionaries(st.sampled_from([p.format for p in frozen]), TEXT))
+    probes = st.builds(
+        Probes,
+        names,
+        st.sampled_from([p.batch for p in frozen]),
+        positive,
+        TEXT,
+        st.lists(boundaries, min_size=1, max_size=2).map(tuple),
+    )
     weights = st.builds(
         Weights,
         TEXT,
@@ -340,8 +346,10 @@ def test_a_manifest_without_programs_inputs_or_outputs_is_refused(document: dict
         (("outputs", 1), "groups", [{"name": "cls", "start": 0, "stop": 0}]),
         (("outputs", 1), "groups", [{"name": "cls", "start": 16, "stop": 18}]),
         (("outputs", 0), "groups", [{"name": "cls", "start": 0, "stop": 1}]),
-        ((), "probes", {**PROBES, "batch": 3}),
-        ((), "probes", {**PROBES, "boundaries": [{"module": "stem", "limit": 1, "places": {"om": "x"}}]}),
+        ((), "probes", {**PROBES, "boundaries": [STEM], "batch": 3}),
+        ((), "probes", {**PROBES, "boundaries": [{**STEM, "places": {"om": "x"}}]}),
+        ((), "probes", {**PROBES, "boundaries": [{**STEM, "limit": 0}]}),
+        ((), "probes", {**PROBES, "boundaries": []}),
         (("programs", 2), "batch", 0),
         (("programs", 2), "batch", -4),
         (("inputs", 0), "shape", [1, 3, 32, 32]),

@@ -117,6 +117,8 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     if manifest.probes is not None:
         lost = [f for b in manifest.probes.boundaries for f in b.places if f not in manifest.formats()]
         impossible += [f"probes of {format}" for format in dict.fromkeys(lost)]
+        impossible += [f"limit {b.limit} of {b.module}" for b in manifest.probes.boundaries if b.limit <= 0]
+        impossible += [] if manifest.probes.boundaries else ["probes of no boundary"]
         frozen = {program.batch for program in manifest.programs}
         impossible += [] if manifest.probes.batch in frozen else [f"probes of batch {manifest.probes.batch}"]
     if impossible:

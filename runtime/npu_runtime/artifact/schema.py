@@ -122,7 +122,7 @@ class Boundary:
     module: str
     """Its name in the source network, such as `blocks.5`."""
     limit: float
-    """The most that the relative L2 error of an image may be there, estimated from sketches."""
+    """The most that the relative L2 error of an image may be there on the CPU, estimated from sketches."""
     places: Mapping[str, str]
     """Format -> where the value is in the program: its name in an ONNX graph, or `KIND:INDEX`, the number of
     the operator among those of its kind, in TorchScript."""
@@ -137,10 +137,16 @@ class Probes:
     images, from the unmodified fp32 eager network on the CPU."""
     batch: int
     """Batch size of the programs that the places are of."""
+    accelerator_margin: float
+    """How many times the CPU's limits those of other devices are, as with the tolerances."""
     basis: str
     """How the limits were set."""
     boundaries: tuple[Boundary, ...]
     """In the order in which the network computes them."""
+
+    def limit_on(self, boundary: Boundary, device: str) -> float:
+        """The limit of a boundary on a kind of device."""
+        return boundary.limit if device == "cpu" else self.accelerator_margin * boundary.limit
 
 
 @dataclass(frozen=True, slots=True)

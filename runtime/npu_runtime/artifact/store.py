@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from npu_runtime.artifact.codec import decode_manifest
-from npu_runtime.artifact.schema import MANIFEST_NAME, FileRecord, Manifest
+from npu_runtime.artifact.schema import MANIFEST_NAME, FileRecord, Manifest, Probes
 from npu_runtime.errors import ArtifactError
 
 Array = npt.NDArray[np.float32]
@@ -27,6 +27,15 @@ class RecordedFile(NamedTuple):
     record: FileRecord
     stamp: Stamp | None
     """As the hashing began, so that a file written meanwhile is hashed again."""
+
+
+class ProbeRecord(NamedTuple):
+    """What the reference network gave at a boundary, for each of the reference's N images."""
+
+    sketch: npt.NDArray[np.float64]
+    """[N, K], as parity/sketch.py makes them."""
+    norm: npt.NDArray[np.float64]
+    """[N]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +71,8 @@ class Artifact:
 
     def read_reference(self) -> tuple[Array, dict[str, Array]]:
         """Recorded `pixel_values` [N, 3, H, W] and the reference outputs by name, [N, ...] each."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         manifest = self.manifest
-        path = self.checked_path(manifest.reference.file)
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ArtifactError(
-                "the reference is no safetensors file", where=path, got=error, hint="export the artifact again"
-            ) from error
+        path, tensors = self._read_tensors(manifest.reference.file, "the reference")
         specs = (*manifest.inputs, *manifest.outputs)
         count = len(manifest.reference.seeds)
         for spec in specs:
@@ -87,6 +87,37 @@ class Artifact:
                 )
         inputs = tensors[manifest.inputs[0].name]
         return inputs, {spec.name: tensors[spec.name] for spec in manifest.outputs}
+
+    def read_probes(self, probes: Probes) -> dict[str, ProbeRecord]:
+        """What the reference network gave at each boundary of this artifact's probes, by module."""
+        path, tensors = self._read_tensors(probes.file, "the record of the probes")
+        count = len(self.manifest.reference.seeds)
+        records = {}
+        for module in (boundary.module for boundary in probes.boundaries):
+            sketch, norm = tensors.get(f"{module}.sketch"), tensors.get(f"{module}.norm")
+            if sketch is None or norm is None or sketch.shape[:1] != (count,) or norm.shape != (count,):
+                raise ArtifactError(
+                    f"the record of the probes does not hold {module} as the manifest says",
+                    where=path,
+                    expected=f"{module}.sketch [{count}, K] and {module}.norm [{count}]",
+                    got=", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())[:200],
+                    hint="export the artifact again",
+                )
+            records[module] = ProbeRecord(sketch.astype(np.float64), norm.astype(np.float64))
+        return records
+
+    def _read_tensors(self, name: str, what: str) -> tuple[Path, dict[str, npt.NDArray[Any]]]:
+        """Path and tensors of a safetensors file, after its hash was checked."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self.checked_path(name)
+        try:
+            return path, load_file(path)
+        except SafetensorError as error:
+            raise ArtifactError(
+                f"{what} is no safetensors file", where=path, got=error, hint="export the artifact again"
+            ) from error
 
 
 def open_artifact(path: str | os.PathLike[str], recorded: Iterable[RecordedFile] = ()) -> Artifact:

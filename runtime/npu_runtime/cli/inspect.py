@@ -39,6 +39,12 @@ def command(artifact: str, as_json: bool) -> None:
         f"reference fp32 eager on the CPU, {len(manifest.reference.seeds)} images, "
         f"{', '.join(numerics) or 'numerics not recorded'}"
     )
+    probes = manifest.probes
+    told = "none; export with --probes to find faults by block"
+    if probes is not None:
+        told = f"{len(probes.boundaries)} boundaries, {probes.boundaries[0].module} to {probes.boundaries[-1].module}, "
+        told += f"batch {probes.batch}; limits {probes.basis}"
+    print_line(f"probes    {told}")
     print_line(f"made with {', '.join(f'{name} {version}' for name, version in provenance.versions.items())}")
     print_line(f"digest    {opened.digest}\n")
     print_table(
