@@ -57,6 +57,11 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ai.onnx opset; ATC reads up to 18.")
 @click.option(
+    "--probes",
+    is_flag=True,
+    help="Record statistics of every block, by which the one where a fault begins can be found in the artifact later.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -77,6 +82,7 @@ def command(
     image_size: int | None,
     precision: str,
     opset: int,
+    probes: bool,
     output: Path | None,
     dry_run: bool,
     force: bool,
@@ -114,6 +120,7 @@ def command(
         image_size=image_size,
         precision=precision,
         opset=opset,
+        probes=probes,
         output=output,
         force=force,
     )
@@ -178,6 +185,7 @@ def describe_plan(plan: ExportPlan) -> Mapping[str, Any]:
         "opset": request.opset if "onnx" in request.formats else None,
         "inputs": to_json(request.encoder.inputs),
         "outputs": to_json(request.encoder.outputs),
+        "probes": plan.boundaries() if request.probes else [],
         "output": str(request.output),
         "coverage": {
             **to_json(weights.coverage()),
@@ -212,6 +220,8 @@ def _print_plan(plan: ExportPlan, as_json: bool) -> None:
     )
     for spec in (*encoder.inputs, *encoder.outputs):
         print_line(f"            {spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]")
+    if described["probes"]:
+        print_line(f"  probes    {len(described['probes'])} boundaries: {', '.join(described['probes'])}")
     for name, nbytes in plan.sizes().items():
         print_line(f"  file      {name}  {spell_nbytes(nbytes)}")
     print_line(f"  output    {plan.request.output}  (dry run: nothing was written)")

@@ -8,16 +8,19 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from npu_export.boundaries import BoundaryRecorder, record_boundaries
 from npu_export.encoders.spec import EncoderSpec, on_every_device
 from npu_export.errors import CheckpointError
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.precision import in_precision
+from npu_export.probes import Statistics, add_probes
 from npu_export.provenance import describe_provenance
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import (
@@ -29,7 +32,7 @@ from npu_runtime.artifact.schema import (
     Reference,
 )
 from npu_runtime.artifact.staging import stage
-from npu_runtime.artifact.store import Artifact, RecordedFile, open_artifact, record_file
+from npu_runtime.artifact.store import Artifact, ProbeRecord, RecordedFile, open_artifact, record_file
 from npu_runtime.devices import CPU
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import Error, ParityError
@@ -59,6 +62,7 @@ def export(
     image_size: int | None = None,
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
+    probes: bool = False,
     output: str | Path | None = None,
     force: bool = False,
     steps: Steps | None = None,
@@ -68,7 +72,8 @@ def export(
     `model` is a name, hub id or alias; `weights` a path, `hf:ID[@REVISION]`, `ms:ID[@REVISION]` or
     `random:SEED`, the hub's own without it. `layout` and `prefix` insist on how the checkpoint's keys are
     spelled; `image_size`, in pixels, may have its positions resampled. `precision` is that of weights and
-    compute: fp32, fp16 or bf16. `output` is the artifact folder itself, `./NAME-PRECISION` without it. Raises
+    compute: fp32, fp16 or bf16. `probes` records statistics of every block, by which `localise` finds a fault in
+    the artifact later. `output` is the artifact folder itself, `./NAME-PRECISION` without it. Raises
     UsageError for arguments that do not fit, CheckpointError for weights that cannot be used whole,
     LintError for a program that would not run on Ascend, ParityError when a frozen program differs from
     the reference by more than its tolerance, ArtifactError or Error when files cannot be written.
@@ -82,6 +87,7 @@ def export(
         image_size=image_size,
         precision=precision,
         opset=opset,
+        probes=probes,
         output=output,
         force=force,
     )
@@ -94,14 +100,18 @@ def run_export(plan: ExportPlan, steps: Steps) -> Path:
     request = plan.request
     _check_disk(plan)
     with stage(request.output, force=request.force) as folder:
-        artifact = write_artifact(plan, folder, steps)
+        artifact, statistics = write_artifact(plan, folder, steps)
         _return_freed_memory()
         check_parity(artifact, steps)
+        if statistics is not None:
+            add_probes(artifact, statistics, steps)
     return request.output
 
 
-def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Artifact:
+def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifact, Statistics | None]:
     """Write the whole artifact into a folder, the manifest last, and open it. Parity is not checked here.
+
+    Probes are not among its files yet: what they need of the network comes with it, None where none are asked for.
 
     What is already whole is hashed beside the work: the freezing leaves a core free, and sha256 of the
     checkpoint, the state and the programs would take a third of the time of a large export.
@@ -114,11 +124,12 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Artifact:
             provenance = pool.submit(lambda: describe_provenance(plan.weights, state_sha256(network)))
             module = request.encoder.with_outputs(network)
             steps.detail(f"{plan.weights.parameters:,} parameters")
-        with steps.step("record the reference"):
+        with steps.step("record the reference"), _recorder(plan, network) as recorder:
             _write_reference(request.encoder, module, folder / REFERENCE_FILE)
-            if request.precision != "fp32":
-                provenance.result()  # the weights are changed next
-            module = in_precision(module, request.precision)
+        if request.precision != "fp32":
+            provenance.result()  # the weights are changed next
+        module = in_precision(module, request.precision)
+        statistics = None if recorder is None else _statistics(plan, network, module, recorder)
         programs: list[Program] = []
         records: dict[str, Future[RecordedFile]] = {}
         if "torchscript" in request.formats:
@@ -138,7 +149,7 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Artifact:
             manifest = _describe(plan, hashed, tuple(files.values()), reference, provenance.result())
             (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
             steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
-    return open_artifact(folder, recorded)
+    return open_artifact(folder, recorded), statistics
 
 
 def check_parity(artifact: Artifact, steps: Steps) -> None:
@@ -207,6 +218,25 @@ def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path) -> Non
                 hint="the checkpoint is damaged or not this encoder's",
             )
     path.write_bytes(save({encoder.inputs[0].name: inputs, **outputs}))
+
+
+def _recorder(plan: ExportPlan, network: nn.Module) -> AbstractContextManager[BoundaryRecorder | None]:
+    """Records what the network gives at its boundaries where probes are asked for."""
+    return record_boundaries(network) if plan.request.probes else contextlib.nullcontext()
+
+
+def _statistics(plan: ExportPlan, network: nn.Module, module: nn.Module, recorder: BoundaryRecorder) -> Statistics:
+    """What was recorded of the reference, and the first image's in the precision of `module`."""
+    from npu_export.eager import run_eager
+
+    reference = recorder.records(len(REFERENCE_SEEDS))
+    if plan.request.precision == "fp32":
+        first = {name: ProbeRecord(r.sketch[:1], r.norm[:1]) for name, r in reference.items()}
+        return Statistics(reference, first, recorder.sizes)
+    image = seeded_images(REFERENCE_SEEDS[:1], plan.request.encoder.inputs[0].of_batch(1)[1:])
+    with record_boundaries(network) as narrow:
+        run_eager(module, image)
+    return Statistics(reference, narrow.records(1), recorder.sizes)
 
 
 def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from npu_export.boundaries import boundary_names
 from npu_export.encoders import find_encoder
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import WeightsPlan, plan_weights
@@ -19,6 +20,7 @@ from npu_runtime.artifact.schema import Precision, Preprocessing
 from npu_runtime.artifact.staging import check_output
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import UnavailableError, UsageError
+from npu_runtime.parity.sketch import WIDTH
 from npu_runtime.steps import Silent, Steps
 
 FORMATS = ("torchscript", "onnx")
@@ -31,6 +33,7 @@ LEAST_OPSET = 11
 """The oldest ai.onnx opset that ATC documents."""
 MAX_BATCH = 1024
 MAX_IMAGE_SIZE = 4096
+PROBES_FILE = "probes.safetensors"
 REFERENCE_SEEDS = (0, 1, 2, 3)
 """One reference image each. Four differ enough to show a program that mixes its rows."""
 
@@ -50,6 +53,7 @@ class Request:
     """Whether positions for another image size may be resampled: only where a size was asked for."""
     precision: Precision
     opset: int
+    probes: bool
     output: Path
     force: bool
 
@@ -72,7 +76,17 @@ class ExportPlan:
             nbytes["weights.onnx.data"] = weights_nbytes
         specs = (*encoder.inputs, *encoder.outputs)
         nbytes["reference.safetensors"] = sum(4 * math.prod(s.of_batch(len(REFERENCE_SEEDS))) for s in specs)
+        if self.request.probes:
+            nbytes[PROBES_FILE] = len(self.boundaries()) * len(REFERENCE_SEEDS) * 8 * (WIDTH + 1)
         return nbytes
+
+    def boundaries(self) -> list[str]:
+        """Modules with weights whose outputs are recorded where probes are asked for."""
+        keys = [target for move in self.weights.keymap.moves for target in move.targets]
+        parents = dict.fromkeys(
+            ".".join(key.split(".")[:depth]) for key in keys for depth in range(1, key.count(".") + 1)
+        )
+        return boundary_names(parents)
 
 
 def make_request(
@@ -85,6 +99,7 @@ def make_request(
     image_size: int | None = None,
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
+    probes: bool = False,
     output: str | Path | None = None,
     force: bool = False,
 ) -> Request:
@@ -120,6 +135,7 @@ def make_request(
         image_size is not None,
         cast(Precision, precision),
         opset,
+        probes,
         Path(output) if output is not None else Path(f"{encoder.name}{size}-{precision}"),
         force,
     )

@@ -25,7 +25,6 @@ from npu_runtime.errors import (
     NumericsError,
     ProgramError,
     UnavailableError,
-    UsageError,
     WeightsError,
 )
 from npu_runtime.parity.inputs import KEPT_NBYTES, Inputs, reference_inputs

@@ -1,0 +1,215 @@
+"""Find the outputs of the network's modules in the frozen programs, and set the most that their errors may be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from npu_export.boundaries import is_block
+from npu_export.encoders.spec import ACCELERATOR_MARGIN
+from npu_export.plan import PROBES_FILE
+from npu_runtime.artifact.codec import encode_manifest
+from npu_runtime.artifact.schema import MANIFEST_NAME, Boundary, Precision, Probes
+from npu_runtime.artifact.store import Array, Artifact, ProbeRecord, open_artifact, record_file
+from npu_runtime.backends.base import Options
+from npu_runtime.backends.probed import ProbedProgram, open_probed, rows_of
+from npu_runtime.backends.table import FORMATS
+from npu_runtime.devices import CPU
+from npu_runtime.errors import Error
+from npu_runtime.parity.places import measure_places
+from npu_runtime.parity.sketch import relative_errors, sketch_rows
+from npu_runtime.steps import Steps
+
+AT_ONCE = 16
+"""Values of a program that are held in memory together."""
+ADDITIONS = ("Add", "aten::add", "aten::add_")
+"""Operators whose results, where several others read them, are a network's residual stream."""
+NEAREST: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""The most that a value may differ, as a relative L2 error, from the output of the module that it is taken for."""
+FACTOR: Mapping[Precision, float] = {"fp32": 10, "fp16": 3, "bf16": 3}
+"""How many times the measured error a limit is, as with the tolerances of outputs."""
+LEAST_LIMIT = 5e-6
+"""Ten times what sums in another order make of float32 after a few layers. An export without ONNX has nothing else to
+go by: TorchScript gives on one machine what eager gives, bit for bit, and another machine may sum in another order."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Statistics:
+    """What the network gave at its boundaries, in the order in which it computes them."""
+
+    reference: Mapping[str, ProbeRecord]
+    """Of all reference images, from the unmodified fp32 network."""
+    in_precision: Mapping[str, ProbeRecord]
+    """Of the first reference image, in the precision of the export."""
+    sizes: Mapping[str, int]
+    """Elements of an image's output."""
+
+
+class Found(NamedTuple):
+    """The value of a program that is nearest to a module's output."""
+
+    position: int
+    """Among the places of the program."""
+    name: str
+    error: float
+
+
+def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Artifact:
+    """Write the statistics, and where each program has the boundaries, into an artifact that is being made.
+
+    Raises Error when a block is not found in a program, or the program holds no numbers there.
+    """
+    from safetensors.numpy import save
+
+    manifest = artifact.manifest
+    batch = min(program.batch for program in manifest.programs)
+    places: dict[str, Mapping[str, str]] = {}
+    errors: dict[str, float] = {}
+    for format in manifest.formats():
+        with steps.step(f"find the blocks in {format}"):
+            places[format], measured = _probe_program(artifact, format, batch, statistics)
+            for module, error in measured.items():
+                errors[module] = max(errors.get(module, 0.0), error)
+            blocks = sum(map(is_block, measured))
+            steps.detail(f"{blocks} blocks and {len(measured) - blocks} other boundaries, batch {batch}")
+    with steps.step("write the probes"):
+        kept = {module: record for module, record in statistics.reference.items() if module in errors}
+        tensors = {f"{m}.{kind}": getattr(r, kind) for m, r in kept.items() for kind in ProbeRecord._fields}
+        (artifact.path / PROBES_FILE).write_bytes(save(tensors))
+        record = record_file(artifact.path, PROBES_FILE).record
+        boundaries = tuple(
+            Boundary(
+                module,
+                limit_of(errors[module], manifest.precision),
+                {format: found[module] for format, found in places.items() if module in found},
+            )
+            for module in kept
+        )
+        manifest = dataclasses.replace(
+            manifest,
+            files=tuple(sorted((*manifest.files, record), key=lambda listed: listed.file)),
+            probes=Probes(
+                record.file,
+                batch,
+                ACCELERATOR_MARGIN[manifest.precision],
+                _basis(errors, manifest.precision),
+                boundaries,
+            ),
+        )
+        (artifact.path / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
+        steps.detail(f"{len(boundaries)} boundaries, largest error {max(errors.values()):.1e}")
+    return open_artifact(artifact.path)
+
+
+def limit_of(error: float, precision: Precision) -> float:
+    """The limit for a measured error, to two digits."""
+    return float(f"{max(FACTOR[precision] * error, LEAST_LIMIT):.2g}")
+
+
+def _basis(errors: Mapping[str, float], precision: Precision) -> str:
+    least, most = (choose(errors, key=lambda module: errors[module]) for choose in (min, max))
+    return (
+        f"{FACTOR[precision]:g} times the largest relative L2 error of an image on this CPU over the formats, at least "
+        f"{LEAST_LIMIT:g}; measured {errors[least]:.1e} at {least} to {errors[most]:.1e} at {most}; "
+        "not measured on other devices"
+    )
+
+
+def _probe_program(
+    artifact: Artifact, format: str, batch: int, statistics: Statistics
+) -> tuple[dict[str, str], dict[str, float]]:
+    """For each boundary that is found in a format's program its place, and the largest relative L2 error there."""
+    inputs, _ = artifact.read_reference()
+    options = Options((batch,), graph=False)
+    nearest = NEAREST[artifact.manifest.precision]
+    with open_probed(artifact, CPU, options, backend=FORMATS[format]) as program:
+        found = find_places(program, statistics, inputs[:1], batch, nearest)
+        if lost := [module for module in statistics.reference if is_block(module) and module not in found]:
+            raise Error(
+                f"blocks of the network were not found in the {format} program",
+                where=artifact.manifest.encoder,
+                expected=f"for each block, in order, a value within {nearest:.0e} of its output",
+                got=f"none for {', '.join(lost)}",
+                hint="export without --probes; this is a fault of the export or of a library, please report it",
+            )
+        modules = [module for module in statistics.reference if module in found]
+        names = [found[module].name for module in modules]
+        records = [statistics.reference[module] for module in modules]
+        runs = measure_places(program, names, records, inputs, batch, AT_ONCE)
+        errors = dict(zip(modules, (error for run in runs for error in run.errors)))
+    if wrong := [module for module, error in errors.items() if error.nonfinite]:
+        raise Error(
+            f"the {format} program holds NaN or infinity where the network holds numbers",
+            where=", ".join(wrong),
+            hint="this is a fault of the export or of a library, please report it",
+        )
+    return dict(zip(modules, names)), {module: error.relative_l2_error for module, error in errors.items()}
+
+
+def find_places(
+    program: ProbedProgram, statistics: Statistics, image: Array, batch: int, nearest: float
+) -> dict[str, Found]:
+    """For each boundary the value of the program that is nearest to the network's on an image [1, 3, H, W].
+
+    The residual additions are tried first; for what is not among them, every value between the places of the
+    boundaries before and after it. What has no value as near as `nearest` is left out, and so is what stands
+    before a boundary that the network computes earlier.
+    """
+    images = np.repeat(image, batch, axis=0)
+    places = program.places()
+    modules = list(statistics.in_precision)
+    residual = [i for i, place in enumerate(places) if place.kind in ADDITIONS and place.readers > 1]
+    found = _nearest_values(program, images, statistics, dict.fromkeys(modules, residual), nearest)
+    rest = {m: _between(modules.index(m), modules, found, len(places)) for m in modules if m not in found}
+    found |= _nearest_values(program, images, statistics, rest, nearest)
+    return _in_order({module: found[module] for module in modules if module in found})
+
+
+def _nearest_values(
+    program: ProbedProgram,
+    images: Array,
+    statistics: Statistics,
+    candidates: Mapping[str, Sequence[int]],
+    nearest: float,
+) -> dict[str, Found]:
+    """For each module the nearest of its candidates, which are positions of places, if it is near enough."""
+    places = program.places()
+    best: dict[str, Found] = {}
+    tried = sorted({position for positions in candidates.values() for position in positions})
+    wanted_at = {position: [m for m, positions in candidates.items() if position in positions] for position in tried}
+    for start in range(0, len(tried), AT_ONCE):
+        positions = tried[start : start + AT_ONCE]
+        with program.open([places[position].name for position in positions]) as call:
+            _, values = call(images)
+        for position, value in zip(positions, values):
+            rows = rows_of(value, len(images))
+            size = None if rows is None else rows[0].size
+            modules = [module for module in wanted_at[position] if statistics.sizes[module] == size]
+            if rows is None or not modules:
+                continue
+            sketch = sketch_rows(rows[:1])
+            for module in modules:
+                record = statistics.in_precision[module]
+                error = float(relative_errors(sketch, record.sketch, record.norm)[0])
+                if error <= nearest and (module not in best or error < best[module].error):
+                    best[module] = Found(position, places[position].name, error)
+    return best
+
+
+def _between(index: int, modules: Sequence[str], found: Mapping[str, Found], count: int) -> range:
+    """The positions between the nearest boundaries before and after one that were found."""
+    before = [found[module].position for module in modules[:index] if module in found]
+    after = [found[module].position for module in modules[index + 1 :] if module in found]
+    return range(max(before, default=-1) + 1, min(after, default=count))
+
+
+def _in_order(found: Mapping[str, Found]) -> dict[str, Found]:
+    """What is left when each comes after all blocks before it; blocks are kept before others."""
+    ordered: dict[str, Found] = {}
+    for module, place in found.items():
+        if all(place.position > earlier.position for earlier in ordered.values()):
+            ordered[module] = place
+    return ordered
