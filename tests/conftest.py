@@ -39,6 +39,19 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     return export("tiny-vit", weights=str(tiny_checkpoint), batch=(1, 4), output=output)
 
 
+@pytest.fixture(scope="session", params=tiny.FAMILIES, ids=lambda encoder: encoder.name)
+def probed_artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family's tiny encoder with probes: both formats, batch 1. Not to be changed."""
+    name = request.param.name
+    return export(name, weights="random:3", probes=True, output=tmp_path_factory.mktemp("probed") / name)
+
+
+@pytest.fixture
+def probed_copy(probed_artifact: Path, tmp_path: Path) -> Path:
+    """A copy of a family's artifact with probes that a test may damage."""
+    return Path(shutil.copytree(probed_artifact, tmp_path / "probed"))
+
+
 @pytest.fixture
 def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
     """A copy of the tiny artifact that a test may damage."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faults
+import frozen_faults
 import pytest
 import tiny
 import torch
@@ -145,7 +145,7 @@ def test_the_ladder_names_the_export_for_what_only_the_frozen_program_does(
     command: Run, artifact: Path, tmp_path: Path, rewrite: Callable[..., None]
 ) -> None:
     copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
-    faults.change_torchscript(copy / "model.ts", faults.change_a_weight)
+    frozen_faults.perturb_torchscript(copy)
     rewrite(copy)
     done = command("parity", copy, *NPU, "--json")
     assert done.returncode == 3, done.stdout + done.stderr

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faults
+import frozen_faults
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from npu_export.pipeline import export
 from npu_runtime.parity.records import read_record
 
 HERE = Path(__file__).parent
@@ -112,7 +113,7 @@ def test_a_reference_whose_hash_differs_is_refused(call: Callable[..., Any], art
 def test_a_failing_step_is_named_with_exit_code_3_and_the_worst_input_saved(
     call: Callable[..., Any], artifact_copy: Path, rewrite: Callable[..., None], tmp_path: Path
 ) -> None:
-    faults.change_torchscript(artifact_copy / "model.ts", faults.change_a_weight)
+    frozen_faults.perturb_torchscript(artifact_copy)
     rewrite(artifact_copy)
     worst, record = tmp_path / "worst.safetensors", tmp_path / "r.json"
     result = call("npu-runtime", "parity", artifact_copy, "--save-worst", worst, "--record", record)
@@ -141,7 +142,7 @@ def test_a_failing_step_is_named_with_exit_code_3_and_the_worst_input_saved(
 def test_a_tolerance_of_ones_own_is_used_and_recorded(
     call: Callable[..., Any], artifact_copy: Path, rewrite: Callable[..., None]
 ) -> None:
-    faults.change_torchscript(artifact_copy / "model.ts", faults.change_a_weight)
+    frozen_faults.perturb_torchscript(artifact_copy)
     rewrite(artifact_copy)
     given = [f"{o}.{m}=10" for o in ("embedding", "tokens") for m in ("max_abs_error", "max_relative_l2_error")]
     line = [part for text in given for part in ("--tolerance", text)]
@@ -156,7 +157,7 @@ def test_a_tolerance_of_ones_own_is_used_and_recorded(
 def test_the_reports_criteria_stand_beside_ours_and_decide_nothing(
     call: Callable[..., Any], artifact_copy: Path, rewrite: Callable[..., None]
 ) -> None:
-    faults.change_torchscript(artifact_copy / "model.ts", faults.change_a_weight)
+    frozen_faults.perturb_torchscript(artifact_copy)
     rewrite(artifact_copy)
     result = call("npu-runtime", "parity", artifact_copy, "--profile", "reports", "--json")
     assert (result.code, result.json["profile"]) == (3, "reports")
@@ -233,3 +234,30 @@ def test_ctrl_c_keeps_what_was_measured_and_marks_it_partial(tiny_artifact: Path
     assert document["steps"][0]["status"] == "passed"
     assert document["steps"][1]["status"] == "interrupted"
     assert b"interrupted" in out
+
+
+@pytest.fixture
+def probed(tmp_path: Path) -> Path:
+    return export("tiny-vit", weights="random:3", probes=True, output=tmp_path / "probed")
+
+
+def test_localise_names_the_block_and_the_record_keeps_every_boundary(
+    call: Callable[..., Any], probed: Path, rewrite: Callable[..., None], tmp_path: Path
+) -> None:
+    clean = call("npu-runtime", "parity", probed, "--seeds", "1", "--localise")
+    assert clean.code == 0
+    assert clean.out.count("all 4 boundaries are within their limits") == 2
+    frozen_faults.change_weight(probed, "onnx", "blocks.1", frozen_faults.scale)
+    rewrite(probed)
+    found = call("npu-runtime", "parity", probed, "--seeds", "1", "--localise", "--record", tmp_path / "r.json")
+    assert found.code == 3
+    assert "localised onnxruntime on cpu: the first boundary beyond its limit is blocks.1" in found.out
+    assert "localised torchscript" not in found.out
+    (localised,) = read_record(tmp_path / "r.json").localised
+    assert (localised.first, localised.failed_plain) == ("blocks.1", ("embedding", "tokens"))
+    assert "the first boundary beyond its limit is blocks.1" in call("npu-runtime", "show", tmp_path / "r.json").out
+
+
+def test_localise_without_probes_is_refused_before_anything_runs(call: Callable[..., Any], tiny_artifact: Path) -> None:
+    result = call("npu-runtime", "parity", tiny_artifact, "--localise")
+    assert (result.code, "export again with --probes" in result.err, "eager" in result.err) == (2, True, False)

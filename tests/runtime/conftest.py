@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper
 
+from npu_export.pipeline import export
 from npu_runtime.artifact.schema import MANIFEST_NAME
 from npu_runtime.artifact.store import Artifact, open_artifact, record_file
 from npu_runtime.torch_interop import without_jit_deprecation
@@ -62,6 +63,13 @@ def record_again(edit_manifest: Callable[[Path, Edit], None]) -> Callable[[Path]
         return open_artifact(folder)
 
     return record
+
+
+@pytest.fixture(scope="session")
+def probed_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny ViT with probes, batch 3 and 4, so that reference images do not fill batches. Not to be changed."""
+    output = tmp_path_factory.mktemp("probed-vit") / "tiny-vit"
+    return export("tiny-vit", weights="random:3", batch=(4, 3), probes=True, output=output)
 
 
 @pytest.fixture

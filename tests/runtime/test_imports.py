@@ -36,3 +36,17 @@ print(encoder(np.ones((5, 3, 32, 32), np.float32)).shape)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(5, 64)\n", "")
     without = run_blocked(code, needed, tiny_artifact, backend)
     assert "UnavailableError" in without.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "needed"), [("onnxruntime", "onnxruntime"), ("torchscript", "torch")], ids=["onnx", "torch"]
+)
+def test_a_fault_is_found_with_the_backends_own_package_alone(probed_vit: Path, backend: str, needed: str) -> None:
+    code = """
+from npu_runtime.artifact.store import open_artifact
+from npu_runtime.parity.localise import localise
+print(localise(open_artifact(sys.argv[1]), backend=sys.argv[2]).first)
+"""
+    blocked = tuple(name for name in HEAVY if name not in (needed, "safetensors"))
+    done = run_blocked(code, blocked, probed_vit, backend)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,16 +14,18 @@ import numpy as np
 from npu_runtime.artifact.schema import Manifest, Tolerance
 from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Artifact, open_artifact
-from npu_runtime.backends.table import backend_name
+from npu_runtime.backends.table import EAGER, backend_name
 from npu_runtime.cli.console import INTERRUPTED, StepProgress, print_error, print_line
 from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
 from npu_runtime.cli.parity_tables import print_parity
+from npu_runtime.devices import parse_device
 from npu_runtime.encoder import RunOptions
 from npu_runtime.errors import Error, InputError, ParityError, UnavailableError
 from npu_runtime.parity.inputs import DEFAULT_SEEDS, Inputs, InputSource, array_inputs, image_inputs, seeded_inputs
 from npu_runtime.parity.ladder import Ladder, WorstInput, plan_ladder
+from npu_runtime.parity.localise import localise, require_probes
 from npu_runtime.parity.profiles import PROFILES
-from npu_runtime.parity.records import Cause, ParityRecord, encode_record, make_record
+from npu_runtime.parity.records import Cause, Localisation, ParityRecord, Step, encode_record, make_record
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 NEXT: Mapping[Cause, str] = {
     "checkpoint": "the checkpoint, or how its keys are mapped, is not what the artifact was exported from",
     "precision": "compare figures under --numerics strict, and choose a --precision that the encoder bears",
-    "export": "the frozen program differs from the network: export it again",
-    "device": "an operator of this device differs: compare versions and numerics with npu-runtime doctor",
+    "export": "the frozen program differs from the network: export it again; --localise finds the block",
+    "device": "an operator of this device differs: see npu-runtime doctor; --localise finds the block",
 }
 
 
@@ -61,6 +63,7 @@ def _parse_seeds(context: click.Context, parameter: click.Parameter, value: str 
     "--tolerance", "limits", multiple=True, metavar="OUTPUT.METRIC=LIMIT", help="In place of the artifact's own."
 )
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="Show other criteria beside the artifact's.")
+@click.option("--localise", "look_inside", is_flag=True, help="Find the block where the error begins, by the probes.")
 @click.option(
     "--record", type=click.Path(path_type=Path), metavar="FILE", help="Write the record here as well, as JSON."
 )
@@ -81,6 +84,7 @@ def command(
     weights: str | None,
     limits: tuple[str, ...],
     profile: str | None,
+    look_inside: bool,
     record: Path | None,
     save_worst: Path | None,
     force: bool,
@@ -94,12 +98,18 @@ def command(
     Without the checkpoint the programs on the CPU answer to the stored reference and those on the device to
     them. Steps that this machine cannot make are listed with the reason.
 
+    With --localise each exported program that failed, or each that ran on the device where none did, is run with the
+    outputs of the network's blocks beside its own, a few at a time, and the first block that leaves the recorded
+    reference is named. It needs an artifact that was exported with --probes, and no checkpoint.
+
     Exits with 3 when a step fails, 4 when nothing could be run on the device, 1 when an image could not be read.
     """
     for file in (record, save_worst):
         if file is not None:
             check_new_file(file, force=force)
     opened = open_artifact(artifact)
+    if look_inside:
+        require_probes(opened)
     overridden = tuple(_parse_tolerance(text, opened.manifest) for text in limits)
     opened = _with_tolerances(opened, overridden)
     rungs = plan_ladder(opened.manifest, how["device"], [backend_name(name) for name in backends])
@@ -111,8 +121,14 @@ def command(
         inputs = Inputs(_sources(opened.manifest, seeds, images, arrays))
     ladder = Ladder(opened, inputs, watch=progress, weights=weights, profile=PROFILES.get(profile or "", ()), **how)
     interrupted = False
+    localised: list[Localisation] = []
     try:
         ladder.climb(rungs)
+        if look_inside:
+            for step in _programs_to_look_into(ladder.steps, how["device"]):
+                with progress.step(f"look into {step.title}"):
+                    here: RunOptions = {**how, "device": step.device}
+                    localised.append(localise(opened, backend=step.backend, **here))
     except KeyboardInterrupt:
         interrupted = True
     made = make_record(
@@ -124,6 +140,7 @@ def command(
         skipped=inputs.skipped,
         overridden=overridden,
         profile=profile,
+        localised=localised,
         partial=interrupted,
         seconds=time.monotonic() - start,
     )
@@ -142,6 +159,13 @@ def command(
     if error is not None:
         print_error(error)
     click.get_current_context().exit(INTERRUPTED if interrupted else 0 if error is None else error.exit_code)
+
+
+def _programs_to_look_into(steps: Sequence[Step], device: str) -> list[Step]:
+    """The exported programs that failed; where none did, those that ran on the device."""
+    ran = [step for step in steps if step.backend != EAGER and step.outputs]
+    failed = [step for step in ran if step.status == "failed"]
+    return failed or [step for step in ran if step.device == str(parse_device(device))]
 
 
 def _ending(record: ParityRecord, *, skip_bad: bool) -> Error | None:

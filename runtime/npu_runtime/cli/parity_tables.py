@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from npu_runtime.cli.console import print_conditions, print_line, print_table
-from npu_runtime.parity.records import OutputParity, ParityRecord, Step, differences
+from npu_runtime.parity.records import Localisation, OutputParity, ParityRecord, Step, differences
 
 Column = tuple[str, Callable[[OutputParity], str]]
 
@@ -66,6 +66,8 @@ def print_parity(record: ParityRecord, *, details: bool) -> None:
     if record.profile is not None:
         print_line("")
         _print_profile(record)
+    for localised in record.localised:
+        _print_localised(localised)
     print_conditions({step.title: step.conditions for step in record.steps if step.conditions is not None})
     for tolerance in record.overridden:
         print_line(f"tolerance {tolerance.output}.{tolerance.metric} {tolerance.limit:g}, {tolerance.basis}", warn=True)
@@ -105,6 +107,30 @@ def _print_profile(record: ParityRecord) -> None:
         ],
         left=2,
     )
+
+
+def _print_localised(localised: Localisation) -> None:
+    """The finding, and the boundaries about it."""
+    print_line("")
+    at = [boundary.module for boundary in localised.boundaries].index(localised.first) if localised.first else None
+    near = () if at is None else localised.boundaries[max(at - 2, 0) : at + 3]
+    title = f"{localised.backend} on {localised.device}, batch {localised.batch}: where the error begins"
+    if near:
+        print_table(
+            title,
+            ("output of", "rel L2", "limit", "NaN or inf", "verdict"),
+            [
+                (
+                    boundary.module,
+                    f"{boundary.relative_l2_error:.1e}",
+                    f"{boundary.limit:.1e}",
+                    str(boundary.nonfinite),
+                    "pass" if boundary.passed else "FAIL",
+                )
+                for boundary in near
+            ],
+        )
+    print_line(f"localised {localised.backend} on {localised.device}: {localised.describe()}", warn=at is not None)
 
 
 def _judged_rows(step: Step) -> list[tuple[str, ...]]:

@@ -7,10 +7,7 @@ the network gave there. Neither the network nor its weights are needed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from npu_runtime.artifact.schema import Boundary, Manifest, Probes
 from npu_runtime.artifact.store import Array, Artifact
@@ -20,75 +17,15 @@ from npu_runtime.backends.table import find_backend
 from npu_runtime.devices import Device
 from npu_runtime.encoder import RunOptions, load
 from npu_runtime.errors import UsageError
+from npu_runtime.parity.measure import Measurement
 from npu_runtime.parity.places import PlaceError, Progress, measure_places
+from npu_runtime.parity.records import BoundaryError, Localisation
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 AT_ONCE = 8
 """Boundaries whose values are held in memory together."""
-
-
-@dataclass(frozen=True, slots=True)
-class BoundaryError:
-    """How far a program is from the reference at the output of a module."""
-
-    module: str
-    relative_l2_error: float
-    """The largest over images, estimated from sketches; NaN or infinite where the program gives no number."""
-    limit: float
-    nonfinite: int
-    """Values that are NaN or infinite, over all images."""
-    passed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Localisation:
-    """Where a program leaves the reference, and whether it does so when nobody looks inside."""
-
-    backend: str
-    device: str
-    format: str
-    batch: int
-    boundaries: tuple[BoundaryError, ...]
-    """In the order in which the network computes them."""
-    first: str | None
-    """The first module whose output is beyond its limit; None where none is."""
-    failed_plain: tuple[str, ...]
-    """Outputs beyond a tolerance of the manifest when the program runs as it is."""
-    failed_probed: tuple[str, ...]
-    """Outputs beyond a tolerance in any of the runs that gave values from inside, which keep operators from being
-    fused."""
-
-    def describe(self) -> str:
-        """The finding in a sentence or two."""
-        return f"{self._where()}; {self._persists()}"
-
-    def _where(self) -> str:
-        if self.first is not None:
-            index = next(i for i, boundary in enumerate(self.boundaries) if boundary.module == self.first)
-            found = self.boundaries[index]
-            after = f", {self.boundaries[index - 1].module} before it is within its own" if index else ""
-            count = f", {found.nonfinite} values are NaN or infinite" if found.nonfinite else ""
-            error = f"relative L2 error {found.relative_l2_error:.1e}, limit {found.limit:.1e}"
-            return f"the first boundary beyond its limit is {self.first}: {error}{count}{after}"
-        within = f"all {len(self.boundaries)} boundaries are within their limits"
-        if self.failed_probed:
-            return f"{within}: the fault lies behind the last, {self.boundaries[-1].module}"
-        return within
-
-    def _persists(self) -> str:
-        plain, probed = ", ".join(self.failed_plain), ", ".join(self.failed_probed)
-        if plain and probed:
-            return f"{plain} beyond tolerance without instrumentation, and the error persists under it ({probed})"
-        if plain:
-            return (
-                f"{plain} beyond tolerance, and the error vanishes under instrumentation: "
-                "suspect what is fused, replayed or reused without it"
-            )
-        if probed:
-            return f"{probed} beyond tolerance under instrumentation alone"
-        return "the outputs are within their tolerances"
 
 
 def localise(
@@ -101,7 +38,7 @@ def localise(
     exported without probes or the backend has no program, ArtifactError when the program lacks what the probes
     name, and what `load` raises.
     """
-    probes = _require_probes(artifact)
+    probes = require_probes(artifact)
     format = find_backend(backend).format
     if format is None:
         raise UsageError(
@@ -155,22 +92,14 @@ def _beyond(
     manifest: Manifest, device: Device, outputs: Mapping[str, Array], expected: Mapping[str, Array]
 ) -> tuple[str, ...]:
     """The outputs that are beyond a tolerance of the kind of device, or hold NaN or infinity."""
-    beyond: dict[str, None] = {}
-    for tolerance in manifest.tolerances_on(device.kind):
-        got, wanted = (arrays[tolerance.output].astype(np.float64) for arrays in (outputs, expected))
-        with np.errstate(divide="ignore", invalid="ignore"):  # infinity - infinity is NaN, which never passes
-            difference = (got - wanted).reshape(len(got), -1)
-            if tolerance.metric == "max_abs_error":
-                value = np.abs(difference).max()
-            else:
-                norms = np.linalg.norm(wanted.reshape(len(wanted), -1), axis=1)
-                value = (np.linalg.norm(difference, axis=1) / norms).max()
-        if not (np.isfinite(got).all() and value <= tolerance.limit):
-            beyond[tolerance.output] = None
-    return tuple(beyond)
+    measurement = Measurement(manifest.outputs)
+    measurement.add(outputs, expected)
+    results = measurement.results(manifest.tolerances_on(device.kind))
+    return tuple(output.output for output in results if output.group is None and not output.passed)
 
 
-def _require_probes(artifact: Artifact) -> Probes:
+def require_probes(artifact: Artifact) -> Probes:
+    """The artifact's probes; raises UsageError when it was exported without."""
     probes = artifact.manifest.probes
     if probes is None:
         raise UsageError(

@@ -92,6 +92,68 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class BoundaryError:
+    """How far a program is from the reference at the output of a module."""
+
+    module: str
+    relative_l2_error: float
+    """The largest over images, estimated from sketches; NaN or infinite where the program gives no number."""
+    limit: float
+    nonfinite: int
+    """Values that are NaN or infinite, over all images."""
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Localisation:
+    """Where a program leaves the reference, and whether it does so when nobody looks inside."""
+
+    backend: str
+    device: str
+    format: str
+    batch: int
+    boundaries: tuple[BoundaryError, ...]
+    """In the order in which the network computes them."""
+    first: str | None
+    """The first module whose output is beyond its limit; None where none is."""
+    failed_plain: tuple[str, ...]
+    """Outputs beyond a tolerance of the manifest when the program runs as it is."""
+    failed_probed: tuple[str, ...]
+    """Outputs beyond a tolerance in any of the runs that gave values from inside, which keep operators from being
+    fused."""
+
+    def describe(self) -> str:
+        """The finding in a sentence or two."""
+        return f"{self._where()}; {self._persists()}"
+
+    def _where(self) -> str:
+        if self.first is not None:
+            index = next(i for i, boundary in enumerate(self.boundaries) if boundary.module == self.first)
+            found = self.boundaries[index]
+            after = f", {self.boundaries[index - 1].module} before it is within its own" if index else ""
+            count = f", {found.nonfinite} values are NaN or infinite" if found.nonfinite else ""
+            error = f"relative L2 error {found.relative_l2_error:.1e}, limit {found.limit:.1e}"
+            return f"the first boundary beyond its limit is {self.first}: {error}{count}{after}"
+        within = f"all {len(self.boundaries)} boundaries are within their limits"
+        if self.failed_probed:
+            return f"{within}: the fault lies behind the last, {self.boundaries[-1].module}"
+        return within
+
+    def _persists(self) -> str:
+        plain, probed = ", ".join(self.failed_plain), ", ".join(self.failed_probed)
+        if plain and probed:
+            return f"{plain} beyond tolerance without instrumentation, and the error persists under it ({probed})"
+        if plain:
+            return (
+                f"{plain} beyond tolerance, and the error vanishes under instrumentation: "
+                "suspect what is fused, replayed or reused without it"
+            )
+        if probed:
+            return f"{probed} beyond tolerance under instrumentation alone"
+        return "the outputs are within their tolerances"
+
+
+@dataclass(frozen=True, slots=True)
 class ArtifactRecord:
     """Which artifact was run."""
 
@@ -125,6 +187,8 @@ class ParityRecord:
     """Title of the first step beyond its tolerance."""
     cause: Cause | None
     """Of that step."""
+    localised: tuple[Localisation, ...]
+    """Where in the programs faults begin; empty where that was not asked for."""
     partial: bool
     """Whether the run was interrupted; what was measured until then is kept."""
     passed: bool
@@ -148,6 +212,7 @@ def make_record(
     skipped: Sequence[SkippedInput] = (),
     overridden: Sequence[Tolerance] = (),
     profile: str | None = None,
+    localised: Sequence[Localisation] = (),
     partial: bool = False,
 ) -> ParityRecord:
     """The record of steps that were made here and now."""
@@ -175,6 +240,7 @@ def make_record(
         tuple(steps),
         None if failed is None else failed.title,
         None if failed is None else failed.cause,
+        tuple(localised),
         partial,
         failed is None and ran and not partial,
         seconds,
