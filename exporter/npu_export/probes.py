@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from npu_runtime.steps import Steps
 AT_ONCE = 16
 """Values of a program that are held in memory together."""
 ADDITIONS = ("Add", "aten::add", "aten::add_")
-"""Operators whose results, where several others read them, are a network's residual stream."""
+"""Operators that make a network's residual stream, x + f(x)."""
 NEAREST: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """The most that a value may differ, as a relative L2 error, from the output of the module that it is taken for."""
 FACTOR: Mapping[Precision, float] = {"fp32": 10, "fp16": 3, "bf16": 3}
@@ -154,18 +155,23 @@ def find_places(
 ) -> dict[str, Found]:
     """For each boundary the value of the program that is nearest to the network's on an image [1, 3, H, W].
 
-    The residual additions are tried first; for what is not among them, every value between the places of the
-    boundaries before and after it. What has no value as near as `nearest` is left out, and so is what stands
-    before a boundary that the network computes earlier.
+    The residual additions are tried first: additions to what another operator reads as well. For what is not among
+    them, every value between the places of the boundaries before and after it is. What has no value as near as
+    `nearest` is left out, and so is what stands in another order than the network computes.
     """
     images = np.repeat(image, batch, axis=0)
     places = program.places()
     modules = list(statistics.in_precision)
-    residual = [i for i, place in enumerate(places) if place.kind in ADDITIONS and place.readers > 1]
-    found = _nearest_values(program, images, statistics, dict.fromkeys(modules, residual), nearest)
+    readers = Counter(name for place in places for name in place.inputs)
+    residual = [
+        position
+        for position, place in enumerate(places)
+        if place.kind in ADDITIONS and any(readers[name] > 1 for name in place.inputs)
+    ]
+    found = _in_order(_nearest_values(program, images, statistics, dict.fromkeys(modules, residual), nearest), modules)
     rest = {m: _between(modules.index(m), modules, found, len(places)) for m in modules if m not in found}
     found |= _nearest_values(program, images, statistics, rest, nearest)
-    return _in_order({module: found[module] for module in modules if module in found})
+    return _in_order(found, modules)
 
 
 def _nearest_values(
@@ -206,10 +212,14 @@ def _between(index: int, modules: Sequence[str], found: Mapping[str, Found], cou
     return range(max(before, default=-1) + 1, min(after, default=count))
 
 
-def _in_order(found: Mapping[str, Found]) -> dict[str, Found]:
-    """What is left when each comes after all blocks before it; blocks are kept before others."""
-    ordered: dict[str, Found] = {}
-    for module, place in found.items():
-        if all(place.position > earlier.position for earlier in ordered.values()):
-            ordered[module] = place
-    return ordered
+def _in_order(found: Mapping[str, Found], modules: Sequence[str]) -> dict[str, Found]:
+    """Those that stand in the order in which the network computes them: the nearest first, blocks before others."""
+    order = {module: index for index, module in enumerate(modules)}
+    kept: dict[str, Found] = {}
+    for module in sorted(found, key=lambda module: (not is_block(module), found[module].error)):
+        position = found[module].position
+        if all(
+            (position > kept[m].position) if order[module] > order[m] else (position < kept[m].position) for m in kept
+        ):
+            kept[module] = found[module]
+    return kept

@@ -117,8 +117,10 @@ class SessionOpener:
             model = with_outputs(path.read_bytes(), added)
             options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent.absolute()))
             try:
+                options.log_severity_level = 4  # what fails here is tried again
                 return create(model)
             except Exception:  # before 1.20 the entry is ignored, and a graph in memory finds no weights
+                options.log_severity_level = 3
                 with tempfile.TemporaryDirectory() as folder:
                     for file in path.parent.iterdir():
                         (Path(folder) / file.name).symlink_to(file.absolute())

@@ -31,8 +31,8 @@ class Place:
     """As a manifest's probes spell it."""
     kind: str
     """The operator that makes it."""
-    readers: int
-    """How often other operators take it."""
+    inputs: tuple[str, ...]
+    """Names of the places of values that this operator takes, constants left out."""
 
 
 class ProbedProgram(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from npu_runtime.artifact.store import Artifact
@@ -30,8 +29,13 @@ class ProbedOnnx:
             raise unreadable_program(self._path, error, "this reader") from error
 
     def places(self) -> Sequence[Place]:
-        readers = Counter([name for node in self._nodes for name in node.inputs] + self._given)
-        return [Place(name, node.operator, readers[name]) for node in self._nodes for name in node.outputs if name]
+        made = {name for node in self._nodes for name in node.outputs if name}
+        return [
+            Place(name, node.operator, tuple(taken for taken in node.inputs if taken in made))
+            for node in self._nodes
+            for name in node.outputs
+            if name
+        ]
 
     @contextlib.contextmanager
     def open(self, places: Sequence[str]) -> Iterator[ProbedCall]:

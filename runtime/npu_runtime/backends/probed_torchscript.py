@@ -57,10 +57,13 @@ class ProbedTorchScript:
             raise
 
     def places(self) -> Sequence[Place]:
-        return [
-            Place(name, value.node().kind(), len(value.uses()))
-            for name, value in _tensors_by_place(self._graph).items()
-        ]
+        tensors = _tensors_by_place(self._graph)
+        names = {tensor.debugName(): name for name, tensor in tensors.items()}
+
+        def taken(node: Any) -> tuple[str, ...]:
+            return tuple(names[value.debugName()] for value in node.inputs() if value.debugName() in names)
+
+        return [Place(name, tensor.node().kind(), taken(tensor.node())) for name, tensor in tensors.items()]
 
     @contextlib.contextmanager
     def open(self, places: Sequence[str]) -> Iterator[ProbedCall]:
