@@ -315,3 +315,25 @@ def test_an_output_that_cannot_be_made_is_one_clear_error(
     assert error["what"] == "the output cannot be written"
     assert error["where"] == str(parent / "a")
     assert os.path.isfile(parent) or entries(parent) == set()
+
+
+def test_plan_export_and_inspection_tell_of_probes(
+    call: Callable[..., Any], tmp_path: Path, tiny_artifact: Path
+) -> None:
+    planned = call("npu-export", "--model", "tiny-vit", "--weights", "random:3", "--probes", "--dry-run")
+    assert "probes    4 boundaries: patch_embed, blocks.0, blocks.1, norm" in planned.out
+    assert "probes.safetensors  32.9 kB" in planned.out
+    without = call("npu-export", "--model", "tiny-vit", "--weights", "random:3", "--dry-run", "--json")
+    assert without.json["probes"] == []
+    output = tmp_path / "a"
+    made = call("npu-export", "--model", "tiny-vit", "--weights", "random:3", "--probes", "--output", output)
+    assert made.code == 0, made.err
+    assert "find the blocks in onnx" in made.err
+    assert "2 blocks and 2 other boundaries, batch 1" in made.err
+    shown = call("npu-runtime", "inspect", output)
+    assert "probes    4 boundaries, patch_embed to norm, batch 1; limits 10 times" in shown.out
+    assert (
+        "probes    none; export with --probes to find faults by block"
+        in call("npu-runtime", "inspect", tiny_artifact).out
+    )
+    assert tiny.TINY.name in shown.out

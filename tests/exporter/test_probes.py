@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from npu_export.boundaries import boundary_names, is_block, record_boundaries
+from npu_export.eager import run_eager
+from npu_export.network import load_network, plan_weights
+from npu_export.pipeline import export
+from npu_export.plan import make_request, plan_export
+from npu_export.probes import LEAST_LIMIT, Statistics, add_probes, limit_of
+from npu_export.steps import Silent
+from npu_export.weights import find_weights
+from npu_runtime.artifact.store import ProbeRecord, open_artifact
+from npu_runtime.errors import Error
+from npu_runtime.parity.sketch import WIDTH
+
+BOUNDARIES = {
+    "tiny-vit": ["patch_embed", "blocks.0", "blocks.1", "norm"],
+    "tiny-pe-lang": ["patch_embed", "norm_pre", "blocks.0", "blocks.1"],
+    "tiny-convnext": [
+        "stem",
+        "stages.0.blocks.0",
+        "stages.1.downsample",
+        "stages.1.blocks.0",
+        "stages.2.downsample",
+        "stages.2.blocks.0",
+        "stages.2.blocks.1",
+        "stages.3.downsample",
+        "stages.3.blocks.0",
+        "head",
+    ],
+    "tiny-dinov2": ["patch_embed", "blocks.0", "blocks.1", "norm"],
+    "tiny-aimv2": ["patch_embed", "blocks.0", "blocks.1", "norm"],
+}
+
+
+def statistics_of(name: str, weights: str, inputs: np.ndarray[Any, Any]) -> Statistics:
+    """Of an encoder's own network with some weights."""
+    encoder = next(encoder for encoder in tiny.FAMILIES if encoder.name == name)
+    network = load_network(plan_weights(encoder, find_weights(encoder, weights)))
+    with record_boundaries(network) as recorder:
+        for image in inputs:
+            run_eager(encoder.with_outputs(network), image[None])
+    reference = recorder.records(len(inputs))
+    first = {name: ProbeRecord(record.sketch[:1], record.norm[:1]) for name, record in reference.items()}
+    return Statistics(reference, first, recorder.sizes)
+
+
+def test_every_boundary_of_a_family_is_found_in_both_formats(probed_artifact: Path) -> None:
+    artifact = open_artifact(probed_artifact)
+    probes = artifact.manifest.probes
+    assert probes is not None
+    assert [boundary.module for boundary in probes.boundaries] == BOUNDARIES[artifact.manifest.encoder]
+    assert (probes.batch, probes.accelerator_margin) == (1, 10)
+    for boundary in probes.boundaries:
+        assert set(boundary.places) == {"torchscript", "onnx"}
+        assert LEAST_LIMIT <= boundary.limit < 1e-5
+        assert probes.limit_on(boundary, "npu") == 10 * probes.limit_on(boundary, "cpu") == 10 * boundary.limit
+    assert probes.basis.startswith("10 times the largest relative L2 error of an image on this CPU over the formats")
+    artifact.check_files()
+
+
+def test_the_record_is_of_the_unmodified_network(probed_artifact: Path) -> None:
+    artifact = open_artifact(probed_artifact)
+    assert artifact.manifest.probes is not None
+    records = artifact.read_probes(artifact.manifest.probes)
+    expected = statistics_of(artifact.manifest.encoder, "random:3", artifact.read_reference()[0])
+    assert set(load_file(probed_artifact / "probes.safetensors")) == {
+        f"{module}.{kind}" for module in records for kind in ("sketch", "norm")
+    }
+    for module, record in records.items():
+        assert (record.sketch.shape, record.norm.shape) == ((4, WIDTH), (4,))
+        np.testing.assert_array_equal(record.sketch, expected.reference[module].sketch)
+        np.testing.assert_array_equal(record.norm, expected.reference[module].norm)
+
+
+def test_an_export_without_probes_has_none(tiny_artifact: Path) -> None:
+    assert open_artifact(tiny_artifact).manifest.probes is None
+    assert not (tiny_artifact / "probes.safetensors").exists()
+
+
+def test_blocks_that_are_not_in_a_program_stop_the_export(probed_artifact: Path, tmp_path: Path) -> None:
+    """The statistics of a network with other weights are looked for."""
+    artifact = open_artifact(shutil.copytree(probed_artifact, tmp_path / "copy"))
+    other = statistics_of(artifact.manifest.encoder, "random:4", artifact.read_reference()[0])
+    with pytest.raises(Error, match="blocks of the network were not found in the torchscript program") as caught:
+        add_probes(artifact, other, Silent())
+    lost = [module for module in BOUNDARIES[artifact.manifest.encoder] if is_block(module)]
+    assert caught.value.got == f"none for {', '.join(lost)}"
+
+
+def test_a_failed_search_for_blocks_leaves_no_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_export.probes.NEAREST", {"fp32": -1.0})
+    with pytest.raises(Error, match="blocks of the network were not found"):
+        export("tiny-vit", weights="random:3", formats=("onnx",), probes=True, output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_places_are_of_the_smallest_batch(tmp_path: Path) -> None:
+    output = export("tiny-vit", weights="random:3", formats=("onnx",), batch=(5, 2), probes=True, output=tmp_path / "a")
+    probes = open_artifact(output).manifest.probes
+    assert probes is not None
+    assert probes.batch == 2
+    assert [boundary.module for boundary in probes.boundaries] == BOUNDARIES["tiny-vit"]
+
+
+@pytest.mark.parametrize("encoder", tiny.FAMILIES, ids=lambda encoder: encoder.name)
+def test_a_plan_names_the_boundaries_and_their_size(encoder: Any, tmp_path: Path) -> None:
+    plan = plan_export(make_request(encoder, probes=True, output=tmp_path / "a"), "random:3")
+    assert set(plan.boundaries()) == set(BOUNDARIES[encoder.name])
+    assert plan.sizes()["probes.safetensors"] == len(BOUNDARIES[encoder.name]) * 4 * 257 * 8
+
+
+def test_a_plan_without_probes_has_no_size_for_them(tmp_path: Path) -> None:
+    plan = plan_export(make_request("tiny-vit", output=tmp_path / "a"), "random:3")
+    assert "probes.safetensors" not in plan.sizes()
+
+
+def test_boundaries_are_blocks_and_what_stands_beside_their_containers() -> None:
+    names = ["", "stem", "stem.0", "blocks", "blocks.0", "blocks.0.attn", "stages", "stages.0", "stages.0.blocks"]
+    names += ["stages.0.blocks.11", "stages.0.blocks.11.mlp", "stages.0.downsample", "stages.0.downsample.1", "norm"]
+    kept = ["stem", "blocks.0", "stages.0.blocks.11", "stages.0.downsample", "norm"]
+    assert boundary_names(names) == kept
+    assert [name for name in kept if is_block(name)] == ["blocks.0", "stages.0.blocks.11"]
+
+
+class Stack(nn.Module):
+    """Two blocks, the second of which runs as often as it is told to."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.drop = nn.Dropout()
+        self.same = nn.Identity()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.times = times
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.same(self.drop(self.blocks[0](x)))
+        for _ in range(self.times):
+            x = self.blocks[1](x)
+        return x
+
+
+def test_what_does_nothing_is_no_boundary_and_hooks_are_taken_off() -> None:
+    network = Stack(1)
+    with record_boundaries(network) as recorder:
+        network(torch.ones(3, 4))
+    network(torch.ones(3, 4))
+    assert list(recorder.records(3)) == ["blocks.0", "blocks.1"]
+    assert recorder.sizes == {"blocks.0": 4, "blocks.1": 4}
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_block_that_does_not_run_once_for_an_image_is_refused(times: int) -> None:
+    network = Stack(times)
+    with record_boundaries(network) as recorder:
+        network(torch.ones(3, 4))
+    with pytest.raises(Error, match="cannot be recorded") as caught:
+        recorder.records(3)
+    assert caught.value.got == "not blocks.1"
+
+
+def test_a_network_without_blocks_is_refused() -> None:
+    network = nn.Sequential(nn.Linear(4, 4))
+    with record_boundaries(network) as recorder:
+        network(torch.ones(3, 4))
+    with pytest.raises(Error, match="cannot be recorded"):
+        recorder.records(3)
+
+
+@pytest.mark.parametrize(
+    ("error", "precision", "limit"),
+    [(1.234e-6, "fp32", 1.2e-5), (0.0, "fp32", LEAST_LIMIT), (1.26e-3, "fp16", 3.8e-3), (1e-2, "bf16", 3e-2)],
+)
+def test_limits_are_a_multiple_of_what_was_measured(error: float, precision: Any, limit: float) -> None:
+    assert limit_of(error, precision) == limit
