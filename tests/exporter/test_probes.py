@@ -17,11 +17,11 @@ from npu_export.network import load_network, plan_weights
 from npu_export.pipeline import export
 from npu_export.plan import make_request, plan_export
 from npu_export.probes import LEAST_LIMIT, Statistics, add_probes, limit_of
-from npu_export.steps import Silent
 from npu_export.weights import find_weights
 from npu_runtime.artifact.store import ProbeRecord, open_artifact
 from npu_runtime.errors import Error
 from npu_runtime.parity.sketch import WIDTH
+from npu_runtime.steps import Silent
 
 BOUNDARIES = {
     "tiny-vit": ["patch_embed", "blocks.0", "blocks.1", "norm"],
