@@ -336,4 +336,3 @@ def test_plan_export_and_inspection_tell_of_probes(
         "probes    none; export with --probes to find faults by block"
         in call("npu-runtime", "inspect", tiny_artifact).out
     )
-    assert tiny.TINY.name in shown.out

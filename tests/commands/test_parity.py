@@ -110,6 +110,25 @@ def test_a_reference_whose_hash_differs_is_refused(call: Callable[..., Any], art
     assert (result.code, "reference.safetensors" in result.err) == (1, True)
 
 
+def test_inputs_that_nothing_can_be_compared_on_are_not_dropped_in_silence(
+    call: Callable[..., Any], artifact_copy: Path, rewrite: Callable[..., None]
+) -> None:
+    rewrite(artifact_copy, lambda document: document["provenance"]["weights"].update(source="/gone"))
+    result = call("npu-runtime", "parity", artifact_copy, "--seeds", "1", "--json")
+    assert result.code == 4
+    assert "the inputs could not be run" in result.json["error"]["what"]
+    assert [step["status"] for step in result.json["steps"]] == ["not run", "passed", "passed"]
+    assert call("npu-runtime", "parity", artifact_copy).code == 0
+
+
+def test_one_batch_size_is_run_the_smallest_or_the_one_asked_for(call: Callable[..., Any], tiny_artifact: Path) -> None:
+    for line, batches in (((), [1]), (("--batch", "4"), [4])):
+        record = call("npu-runtime", "parity", tiny_artifact, "--seeds", "1,2", *line, "--json").json
+        assert [step["batches"] for step in record["steps"]] == [batches] * 3
+    refused = call("npu-runtime", "parity", tiny_artifact, "--batch", "3")
+    assert (refused.code, "not frozen for this batch size" in refused.err) == (2, True)
+
+
 def test_a_failing_step_is_named_with_exit_code_3_and_the_worst_input_saved(
     call: Callable[..., Any], artifact_copy: Path, rewrite: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -50,6 +50,12 @@ def _parse_seeds(context: click.Context, parameter: click.Parameter, value: str 
 @click.option(
     "--backend", "backends", multiple=True, metavar="NAME", help="Only these exported programs.  [default: all]"
 )
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The frozen batch size to run; verify runs each.  [default: the smallest]",
+)
 @click.option("--seeds", callback=_parse_seeds, metavar="N,N…", help="Random images.  [default: 42,123,256,789,1024]")
 @click.option(
     "--images", multiple=True, type=click.Path(), metavar="FILE|DIR", help="Image files, preprocessed as recorded."
@@ -77,6 +83,7 @@ def _parse_seeds(context: click.Context, parameter: click.Parameter, value: str 
 def command(
     artifact: str,
     backends: tuple[str, ...],
+    batch: int | None,
     seeds: tuple[int, ...],
     images: tuple[str, ...],
     arrays: str | None,
@@ -119,7 +126,9 @@ def command(
         opened.check_files()
     with progress.step("read the inputs"):
         inputs = Inputs(_sources(opened.manifest, seeds, images, arrays))
-    ladder = Ladder(opened, inputs, watch=progress, weights=weights, profile=PROFILES.get(profile or "", ()), **how)
+    ladder = Ladder(
+        opened, inputs, watch=progress, batch=batch, weights=weights, profile=PROFILES.get(profile or "", ()), **how
+    )
     interrupted = False
     localised: list[Localisation] = []
     try:
@@ -144,7 +153,7 @@ def command(
         partial=interrupted,
         seconds=time.monotonic() - start,
     )
-    error = _ending(made, skip_bad=skip_bad)
+    error = _ending(made, asked=bool(seeds or images or arrays), skip_bad=skip_bad)
     text = encode_record(made, error)
     if record is not None:
         write_file(record, (text + "\n").encode())
@@ -168,8 +177,8 @@ def _programs_to_look_into(steps: Sequence[Step], device: str) -> list[Step]:
     return failed or [step for step in ran if step.device == str(parse_device(device))]
 
 
-def _ending(record: ParityRecord, *, skip_bad: bool) -> Error | None:
-    """With what error the command ends; None where parity was shown."""
+def _ending(record: ParityRecord, *, asked: bool, skip_bad: bool) -> Error | None:
+    """With what error the command ends; None where parity was shown on the inputs that were `asked` for."""
     failed = next((step for step in record.steps if step.status == "failed"), None)
     if failed is not None:
         return ParityError(
@@ -184,6 +193,15 @@ def _ending(record: ParityRecord, *, skip_bad: bool) -> Error | None:
     if not record.passed:
         reasons = dict.fromkeys(step.reason for step in record.steps if step.status == "not run")
         return UnavailableError(f"nothing could be run on {record.device}", got="\n".join(filter(None, reasons)))
+    names = {given.name for given in record.inputs}
+    if asked and not any(names & set(step.inputs) for step in record.steps):
+        return UnavailableError(
+            "the inputs could not be run: there is nothing here to compare their outputs with",
+            where=record.artifact.path,
+            expected="eager fp32 on the CPU, or a device to compare with the programs on the CPU",
+            got=next((step.reason for step in record.steps if step.status == "not run"), None),
+            hint="say where the checkpoint lies with --weights; the stored reference was compared all the same",
+        )
     if record.skipped and not skip_bad:
         return InputError(
             "images could not be read",

@@ -135,18 +135,22 @@ class Ladder:
         inputs: Inputs,
         *,
         watch: Steps | None = None,
+        batch: int | None = None,
         weights: str | None = None,
         profile: Sequence[Criterion] = (),
         **how: Unpack[RunOptions],
     ) -> None:
-        """`how` is for the steps on its device; those on the CPU take its threads."""
+        """`how` is for the steps on its device; those on the CPU take its threads.
+
+        One batch size is run, the smallest of the artifact without `batch`: ONNX Runtime holds weights for each.
+        """
         self._artifact = artifact
         self._inputs = inputs
         self._watch = watch or Silent()
         self._weights = weights
         self._profile = profile
         self._how = how
-        self._chunk = max(program.batch for program in artifact.manifest.programs)
+        self._batch = batch or min(program.batch for program in artifact.manifest.programs)
         self.steps: list[Step] = []
         self.worst: WorstInput | None = None
         """Of the first step beyond its tolerance; of the last one where none is."""
@@ -222,7 +226,7 @@ class Ladder:
                 raise _NotRunError("eager comes with npu-export's extra `export`, which is not installed")
             artifact = replace(artifact, manifest=replace(artifact.manifest, precision=rung.precision))
         try:
-            return load(artifact, backend=rung.backend, weights=weights, **how)
+            return load(artifact, backend=rung.backend, batches=(self._batch,), weights=weights, **how)
         except (UnavailableError, ProgramError, ArtifactError, WeightsError):
             raise
         except Error as error:  # an encoder or checkpoint that is not here is no reason to stop, unless it was named
@@ -234,8 +238,8 @@ class Ladder:
         draft.batches = encoder.batches
         draft.conditions = encoder.report()
         count = len(baseline.inputs)
-        for start in range(0, count, self._chunk):
-            stop = min(start + self._chunk, count)
+        for start in range(0, count, self._batch):
+            stop = min(start + self._batch, count)
             pixel_values = baseline.inputs.rows(start, stop)
             expected = baseline.outputs(start, stop)
             draft.measurement.add(encoder.run(pixel_values, allow_nonfinite=True), expected)
