@@ -33,8 +33,9 @@ NEAREST: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 FACTOR: Mapping[Precision, float] = {"fp32": 10, "fp16": 3, "bf16": 3}
 """How many times the measured error a limit is, as with the tolerances of outputs."""
 LEAST_LIMIT = 5e-6
-"""What is allowed where nothing was measured: an export without ONNX gives on one machine what eager gives, bit for bit.
-The same TorchScript of ViT-base on kernels for SSE in place of AVX is 8e-7 from the reference, ONNX Runtime as well."""
+"""What is allowed where no error was measured: an export without ONNX gives on one machine what eager gives, bit for
+bit. The same TorchScript of ViT-base on kernels for SSE in place of AVX is 8e-7 from the reference, as ONNX Runtime
+is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def command(
     with progress.step("read the inputs"):
         inputs = Inputs(_sources(opened.manifest, seeds, images, arrays))
     ladder = Ladder(
-        opened, inputs, watch=progress, batch=batch, weights=weights, profile=PROFILES.get(profile or "", ()), **how
+        opened, inputs, watch=progress, batch=batch, weights=weights, profile=PROFILES.get(profile or ""), **how
     )
     interrupted = False
     localised: list[Localisation] = []

@@ -29,7 +29,7 @@ from npu_runtime.errors import (
 )
 from npu_runtime.parity.inputs import KEPT_NBYTES, Inputs, reference_inputs
 from npu_runtime.parity.measure import Measurement, Outputs
-from npu_runtime.parity.profiles import Criterion
+from npu_runtime.parity.profiles import Profile
 from npu_runtime.parity.records import Cause, OutputParity, Status, Step, step_title
 from npu_runtime.steps import Silent, Steps
 
@@ -137,7 +137,7 @@ class Ladder:
         watch: Steps | None = None,
         batch: int | None = None,
         weights: str | None = None,
-        profile: Sequence[Criterion] = (),
+        profile: Profile | None = None,
         **how: Unpack[RunOptions],
     ) -> None:
         """`how` is for the steps on its device; those on the CPU take its threads.

@@ -10,7 +10,7 @@ from npu_runtime.artifact.schema import TensorSpec, Tolerance
 from npu_runtime.artifact.store import Array
 from npu_runtime.errors import ProgramError
 from npu_runtime.parity.metrics import ImageMetrics, judge, measure_image, neighbours_kept, summarise
-from npu_runtime.parity.profiles import Criterion, judge_profile
+from npu_runtime.parity.profiles import Profile, judge_profile
 from npu_runtime.parity.records import OutputParity
 
 Outputs = Mapping[str, Array]
@@ -47,7 +47,7 @@ class Measurement:
                 self.worst_outputs = (_image(actual, index), _image(expected, index))
             self._count += 1
 
-    def results(self, tolerances: Sequence[Tolerance], profile: Sequence[Criterion] = ()) -> tuple[OutputParity, ...]:
+    def results(self, tolerances: Sequence[Tolerance], profile: Profile | None = None) -> tuple[OutputParity, ...]:
         """What was gathered, each whole output judged."""
         return tuple(self._results(tolerances, profile))
 
@@ -64,11 +64,12 @@ class Measurement:
             vectors[1].append(expected.copy())
         return whole.relative_l2_error
 
-    def _results(self, tolerances: Sequence[Tolerance], profile: Sequence[Criterion]) -> Iterator[OutputParity]:
+    def _results(self, tolerances: Sequence[Tolerance], profile: Profile | None) -> Iterator[OutputParity]:
         for (output, group), images in self._images.items():
             metrics, kept = summarise(images), None
             if group is None and output in self._vectors:
-                kept = neighbours_kept(*(np.stack(vectors) for vectors in self._vectors[output]))
+                actual, expected = self._vectors[output]
+                kept = neighbours_kept(np.stack(actual), np.stack(expected))
             whole = group is None
             yield OutputParity(
                 output,
@@ -77,7 +78,7 @@ class Measurement:
                 kept,
                 tuple(images),
                 judge(output, metrics, tolerances) if whole else (),
-                judge_profile(output, metrics, profile) if whole else (),
+                judge_profile(output, metrics, profile) if whole and profile else (),
             )
 
 

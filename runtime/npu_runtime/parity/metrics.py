@@ -1,15 +1,10 @@
-"""Differences between two outputs, computed in float64.
-
-An output of one image is vectors [T, D], `a` the actual ones and `e` the expected ones: T tokens, or T = 1 for an
-embedding [D]. NaN or infinity on either side makes the figures NaN or infinite, and they never pass a limit.
-"""
+"""Differences between outputs, computed in float64, and limits on them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -18,73 +13,118 @@ import numpy.typing as npt
 from npu_runtime.artifact.schema import Tolerance
 
 Array = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+Figures = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
 
-TRIMMED = 0.05
-"""Share of the largest relative errors that the trimmed mean leaves out, as published adaptation reports do."""
+Comparison = Literal["at most", "at least"]
+
 TOP = 5
-NEIGHBOURS = 5
+"""Elements of a vector that `top5_agreement` takes, and nearest images that `neighbours_kept` does."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageMetrics:
-    """Differences of the output of one image from the expected one."""
+    """Differences of one image's output `a`, vectors [T, D] (T = 1 for an embedding), from the expected one, `e`.
+
+    Where `a` or `e` holds NaN or infinity, all but the agreements and the counts are NaN.
+    """
 
     mean_cosine: float
-    """Mean over vectors of a·e / (||a|| ||e||); 1 for a vector where both are zero, 0 where one is."""
+    """Over vectors, of a·e / (||a|| ||e||); 1 where both are zero, 0 where one is."""
     min_cosine: float
     p01_cosine: float
-    """First percentile over vectors, interpolated linearly (numpy.percentile)."""
+    """Their first percentile, interpolated linearly."""
     relative_l2_error: float
-    """||a - e|| / ||e|| over the whole output; 0 where both are zero, infinite where only e is."""
+    """||a - e|| / ||e|| over the whole image; 0 where both are zero, infinite where only e is."""
     max_abs_error: float
     """max |a - e|."""
     mean_abs_error: float
-    """mean |a - e|."""
     mse: float
     """mean (a - e)²."""
     rmse: float
-    """Root of mse."""
     mean_relative_error: float
-    """mean |a - e| / |e|, element by element; an element is 0 where both are zero, infinite where only e is."""
+    """Over elements, of |a - e| / |e|; 0 where both are zero, infinite where only e is."""
     median_relative_error: float
+    """The mean of the two in the middle where their number is even."""
     trimmed_relative_error: float
-    """The mean of those elements without the largest 5 %, rounded down."""
+    """The mean after the largest 5 % of n elements, floor(n / 20) of them, were dropped."""
     top1_agreement: float
-    """Share of vectors whose largest element has the same index; the lowest index of equal ones."""
+    """Share of vectors whose largest element is at the same index, the lowest of equals; a vector with NaN or
+    infinity in `a` or `e` agrees in none."""
     top5_agreement: float
-    """Mean over vectors of the share of the min(5, D) largest elements' indices that both have."""
+    """Mean over vectors of the share of the min(5, D) largest elements that are at the same indices, the lowest of
+    equals; always 1 for D of at most 5. A vector with NaN or infinity in `a` or `e` agrees in none."""
     nan: int
-    """Elements of `a` that are NaN."""
+    """Values of `a` that are NaN."""
     infinite: int
-    """Elements of `a` that are infinite."""
+    """Values of `a` that are infinite."""
+
+
+def measure_image(actual: Array, expected: Array) -> ImageMetrics:
+    """Metrics of one image's output and the expected one, both [D] or [T, D] with T and D of at least one."""
+    if actual.shape != expected.shape or actual.ndim not in (1, 2) or actual.size == 0:
+        raise ValueError(f"expected two arrays of one shape [D] or [T, D], got {actual.shape} and {expected.shape}")
+    a, e = np.atleast_2d(actual), np.atleast_2d(expected)
+    top1, top5 = _agreement(a, e)
+    nan, infinite = int(np.isnan(a).sum()), int(np.isinf(a).sum())
+    if np.isfinite(a).all() and np.isfinite(e).all():
+        a64, e64 = a.astype(np.float64), e.astype(np.float64)
+    else:
+        a64 = e64 = np.full((1, 1), math.nan)  # its figures are NaN; those of the rest would hide what is broken
+    dot, aa, ee = ((x * y).sum(axis=1) for x, y in ((a64, e64), (a64, a64), (e64, e64)))
+    cosine = _cosine(dot, aa, ee)
+    error = np.abs(a64 - e64)
+    squares = float((error * error).sum(axis=1).sum())  # in the order of `ee`
+    relative = _ratio(error, np.abs(e64)).ravel()
+    n = relative.size
+    kept = n - n // 20
+    smallest = np.partition(relative, kept - 1)[:kept]
+    low, high = (n - 1) // 2, n // 2  # both below `kept`
+    middle = np.partition(smallest, (low, high))
+    return ImageMetrics(
+        mean_cosine=float(cosine.mean()),
+        min_cosine=float(cosine.min()),
+        p01_cosine=float(np.percentile(cosine, 1)),
+        relative_l2_error=float(_ratio(np.sqrt(squares), np.sqrt(ee.sum()))),
+        max_abs_error=float(error.max()),
+        mean_abs_error=float(error.mean()),
+        mse=squares / n,
+        rmse=math.sqrt(squares / n),
+        mean_relative_error=float(relative.mean()),
+        median_relative_error=float((middle[low] + middle[high]) / 2),
+        trimmed_relative_error=float(smallest.mean()),
+        top1_agreement=top1,
+        top5_agreement=top5,
+        nan=nan,
+        infinite=infinite,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Figures of an output over images."""
+    """Differences of an output from the expected one, over images; each as in `ImageMetrics`.
+
+    Where either holds NaN or infinity, all but the agreements and the counts are NaN.
+    """
 
     images: int
     max_abs_error: float
-    """The largest image's."""
     mean_abs_error: float
-    """Mean over images, as the others that are called mean."""
     mse: float
-    """Mean over images."""
     rmse: float
-    """Root of that mse."""
+    """The root of `mse`, which is not the mean of the images' roots."""
     min_relative_l2_error: float
     mean_relative_l2_error: float
     max_relative_l2_error: float
     mean_cosine: float
     min_cosine: float
+    """Of all vectors of all images."""
     p01_cosine: float
-    """The least image's."""
+    """The least of the images' first percentiles."""
     mean_relative_error: float
     median_relative_error: float
-    """Mean of the images' medians."""
+    """The mean of the images' medians."""
     trimmed_relative_error: float
-    """Mean of the images' trimmed means."""
     top1_agreement: float
     top5_agreement: float
     nan: int
@@ -92,70 +132,34 @@ class Metrics:
 
     @property
     def nonfinite(self) -> int:
+        """Values of the output that are NaN or infinite."""
         return self.nan + self.infinite
 
 
-def measure_image(actual: Array, expected: Array) -> ImageMetrics:
-    """Metrics of one image's output, float32 [D] or [T, D]; raises ValueError for unequal or empty shapes."""
-    if actual.shape != expected.shape or actual.ndim not in (1, 2) or actual.size == 0:
-        raise ValueError(f"expected two arrays of one shape [D] or [T, D], got {actual.shape} and {expected.shape}")
-    a, e = (np.atleast_2d(x).astype(np.float64) for x in (actual, expected))
-    with np.errstate(divide="ignore", invalid="ignore"):  # infinity - infinity is NaN, which never passes
-        difference = np.abs(a - e)
-        squares = float(np.vdot(difference, difference))
-        relative = _ratio(difference, np.abs(e), both_zero=0.0, zero=np.inf).ravel()
-        cosine = _cosine(a, e)
-        norm = math.sqrt(float(np.vdot(e, e)))
-        l2 = float(_ratio(np.array(math.sqrt(squares)), np.array(norm), both_zero=0.0, zero=np.inf))
-        median, trimmed = _median_and_trimmed(relative)
-        p01 = float(np.percentile(cosine, 1))
-        mean_relative = float(relative.mean())
-    mse = squares / a.size
-    largest, expected_largest = _top(a), _top(e)
-    shared = (largest[:, :, None] == expected_largest[:, None, :]).any(axis=2).mean(axis=1)
-    finite = np.isfinite(a).all(axis=1) & np.isfinite(e).all(axis=1)
-    return ImageMetrics(
-        mean_cosine=float(cosine.mean()),
-        min_cosine=float(cosine.min()),
-        p01_cosine=p01,
-        relative_l2_error=l2,
-        max_abs_error=float(difference.max()),
-        mean_abs_error=float(difference.mean()),
-        mse=mse,
-        rmse=math.sqrt(mse),
-        mean_relative_error=mean_relative,
-        median_relative_error=median,
-        trimmed_relative_error=trimmed,
-        top1_agreement=float(((largest[:, 0] == expected_largest[:, 0]) & finite).mean()),
-        top5_agreement=float((shared * finite).mean()),
-        nan=int(np.isnan(a).sum()),
-        infinite=int(np.isinf(a).sum()),
-    )
-
-
 def summarise(images: Sequence[ImageMetrics]) -> Metrics:
-    """Figures over one image or more."""
+    """Metrics over at least one image; means are over images."""
+    if not images:
+        raise ValueError("expected the metrics of at least one image, got none")
 
-    def over(name: str) -> Doubles:
+    def figures(name: str) -> Figures:
         return np.array([getattr(image, name) for image in images], np.float64)
 
     def mean(name: str) -> float:
-        return fmean(over(name).tolist())
+        return float(figures(name).mean())
 
-    l2 = over("relative_l2_error")
-    mse = mean("mse")
+    relative_l2 = figures("relative_l2_error")
     return Metrics(
         images=len(images),
-        max_abs_error=float(over("max_abs_error").max()),
+        max_abs_error=float(figures("max_abs_error").max()),
         mean_abs_error=mean("mean_abs_error"),
-        mse=mse,
-        rmse=math.sqrt(mse),
-        min_relative_l2_error=float(l2.min()),
-        mean_relative_l2_error=fmean(l2.tolist()),
-        max_relative_l2_error=float(l2.max()),
+        mse=mean("mse"),
+        rmse=math.sqrt(mean("mse")),
+        min_relative_l2_error=float(relative_l2.min()),
+        mean_relative_l2_error=float(relative_l2.mean()),
+        max_relative_l2_error=float(relative_l2.max()),
         mean_cosine=mean("mean_cosine"),
-        min_cosine=float(over("min_cosine").min()),
-        p01_cosine=float(over("p01_cosine").min()),
+        min_cosine=float(figures("min_cosine").min()),
+        p01_cosine=float(figures("p01_cosine").min()),
         mean_relative_error=mean("mean_relative_error"),
         median_relative_error=mean("median_relative_error"),
         trimmed_relative_error=mean("trimmed_relative_error"),
@@ -166,19 +170,21 @@ def summarise(images: Sequence[ImageMetrics]) -> Metrics:
     )
 
 
-def neighbours_kept(actual: Array, expected: Array) -> float | None:
-    """Mean over images of the share of their nearest others that are the same before and after.
+def neighbours_kept(actual: Array, expected: Array, k: int = TOP) -> float | None:
+    """Share of each image's k nearest others in `expected` [N, D] that are so in `actual` [N, D], mean over images.
 
-    The min(5, N - 1) nearest of each embedding [N, D] by cosine, itself left out, the first of equally near ones.
-    None for fewer than three images, where there is nothing to choose among.
+    Near is a large cosine, zeros as in `ImageMetrics`, the lowest index of equals. k is at most N - 2, so that there
+    is one to lose. NaN where either holds NaN or infinity; None
+    for fewer than three images.
     """
-    count = len(actual)
-    if count < 3:
+    if actual.shape != expected.shape or actual.ndim != 2 or actual.size == 0 or k < 1:
+        raise ValueError(f"expected two arrays of one shape [N, D], got {actual.shape} and {expected.shape}, k = {k}")
+    if len(actual) < 3:
         return None
-    nearest = min(NEIGHBOURS, count - 1)
-    with np.errstate(invalid="ignore", over="ignore"):
-        before, after = _nearest(expected, nearest), _nearest(actual, nearest)
-    return fmean(len(set(one) & set(other)) / nearest for one, other in zip(before.tolist(), after.tolist()))
+    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        return math.nan
+    k = min(k, len(actual) - 2)
+    return float(_in_common(_largest(_similarity(actual), k), _largest(_similarity(expected), k)).mean())
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,82 +195,89 @@ class Check:
     metric: str
     value: float
     limit: float
-    comparison: Literal["at most", "at least"]
     passed: bool
-    reason: str | None
-    """Why it did not pass, in words; None where it did."""
+    comparison: Comparison = "at most"
+    """How the value must stand to the limit."""
+    reason: str | None = None
+    """Why it failed, in words; None where it passed."""
 
 
 def judge(output: str, metrics: Metrics, tolerances: Iterable[Tolerance]) -> tuple[Check, ...]:
     """A check for each tolerance of this output. NaN and infinity never pass."""
-    return tuple(
-        check(output, metrics, tolerance.metric, "at most", tolerance.limit)
-        for tolerance in tolerances
-        if tolerance.output == output
-    )
+    return tuple(check(output, metrics, t.metric, "at most", t.limit) for t in tolerances if t.output == output)
 
 
-def check(
-    output: str, metrics: Metrics, metric: str, comparison: Literal["at most", "at least"], limit: float
-) -> Check:
-    """One metric, by its name in `Metrics`, against a limit that is itself allowed."""
+def check(output: str, metrics: Metrics, metric: str, comparison: Comparison, limit: float) -> Check:
+    """A check of one metric; fails whatever its value where the output or the expected one held NaN or infinity."""
     value: float = getattr(metrics, metric)
-    within = bool(value <= limit) if comparison == "at most" else bool(value >= limit)
-    passed = within and metrics.nonfinite == 0 and math.isfinite(value)
-    if passed:
-        reason = None
-    elif metrics.nonfinite:
-        reason = f"{metrics.nan} values are NaN and {metrics.infinite} infinite"
-    elif not math.isfinite(value):
-        reason = f"{value} is no number to judge"
-    else:
-        reason = f"{value:.3g} is {'more' if comparison == 'at most' else 'less'} than {limit:g}"
-    return Check(output, metric, value, limit, comparison, passed, reason)
+    reason = _nonfinite(metrics)
+    if reason is None and not _keeps(value, comparison, limit):
+        than = "more" if comparison == "at most" else "less"
+        reason = f"{_spell(value, comparison, limit)} is {than} than {limit:g}"
+    return Check(output, metric, value, limit, reason is None, comparison, reason)
 
 
-def _cosine(a: Doubles, e: Doubles) -> Doubles:
-    """Of each vector."""
-    actual, expected = (np.sqrt(np.einsum("td,td->t", x, x)) for x in (a, e))
-    cosine = _ratio(np.einsum("td,td->t", a, e), actual * expected, both_zero=1.0, zero=0.0)
-    cosine[(actual == 0) != (expected == 0)] = 0.0
+def _nonfinite(metrics: Metrics) -> str | None:
+    counts = {"NaN": metrics.nan, "infinite": metrics.infinite}
+    found = [f"{n} {'value is' if n == 1 else 'values are'} {kind}" for kind, n in counts.items() if n]
+    if not found and not math.isfinite(metrics.max_abs_error):  # the difference of float32 is finite in float64
+        found = ["the expected values are not all finite"]
+    return ", ".join(found) or None
+
+
+def _keeps(value: float, comparison: Comparison, limit: float) -> bool:
+    return value <= limit if comparison == "at most" else value >= limit
+
+
+def _spell(value: float, comparison: Comparison, limit: float) -> str:
+    """The value in as few digits, two or more, as still show it beyond the limit."""
+    spelled = (f"{value:.{digits}g}" for digits in range(2, 18))  # 17 digits give a float64 back
+    return next(text for text in spelled if not _keeps(float(text), comparison, limit))
+
+
+def _agreement(a: Array, e: Array) -> tuple[float, float]:
+    """Shares of the largest element, and of the five largest, that two arrays [T, D] have in common."""
+    k = min(TOP, a.shape[1])
+    finite = np.isfinite(a).all(axis=1) & np.isfinite(e).all(axis=1)
+    ours, theirs = _largest(a[finite], k), _largest(e[finite], k)
+    first = int((ours[:, 0] == theirs[:, 0]).sum())
+    return first / len(a), float(_in_common(ours, theirs).sum()) / len(a)
+
+
+def _largest(x: npt.NDArray[np.floating], k: int) -> Indices:
+    """Indices [T, k] of the k largest elements of each row of [T, D], the largest first, the lowest of equals."""
+    left, rows = x.copy(), np.arange(len(x))
+    found = np.empty((len(x), k), np.intp)
+    for i in range(k):  # faster than a partition, which also leaves the order of equals open
+        found[:, i] = left.argmax(axis=1)
+        left[rows, found[:, i]] = -np.inf
+    return found
+
+
+def _in_common(ours: Indices, theirs: Indices) -> Figures:
+    """Share [T] of the indices in each row of [T, k] that the other's row has too."""
+    common: Figures = (ours[:, :, None] == theirs[:, None, :]).any(axis=2).mean(axis=1)
+    return common
+
+
+def _similarity(x: Array) -> Figures:
+    """Cosines [N, N] of rows with each other; minus infinity of a row with itself."""
+    wide = x.astype(np.float64)
+    products = np.einsum("nd,md->nm", wide, wide)  # adds in one order for every pair, so equal rows tie; BLAS may not
+    squares = products.diagonal()
+    cosine = _cosine(products, squares[:, None], squares)
+    np.fill_diagonal(cosine, -np.inf)
     return cosine
 
 
-def _median_and_trimmed(errors: Doubles) -> tuple[float, float]:
-    """The median, and the mean without the largest; NaN where one of them is NaN."""
-    if np.isnan(errors).any():
-        return math.nan, math.nan
-    kept = errors.size - int(TRIMMED * errors.size)
-    middle = errors.size // 2
-    ordered = np.partition(errors, sorted({max(middle - 1, 0), middle, kept - 1}))
-    median = ordered[middle] if errors.size % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return float(median), float(ordered[:kept].mean())
+def _cosine(dot: Figures, aa: Figures, ee: Figures) -> Figures:
+    """a·e / √(a·a e·e), which is 1 to the last bit where a is e; 1 where both are zero, 0 where one is."""
+    with np.errstate(invalid="ignore"):
+        cosine = np.where((aa == 0) & (ee == 0), 1.0, np.where(aa * ee == 0, 0.0, dot / np.sqrt(aa * ee)))
+    return np.clip(cosine, -1.0, 1.0)
 
 
-def _top(x: Doubles) -> npt.NDArray[np.intp]:
-    """Indices [T, min(5, D)] of the largest elements, the largest first, the lower index of equal ones first."""
-    count = min(TOP, x.shape[1])
-    if count == x.shape[1]:
-        return np.argsort(-x, axis=1, kind="stable")
-    least = np.partition(x, x.shape[1] - count, axis=1)[:, x.shape[1] - count, None]
-    tied = (x >= least).sum(axis=1) != count  # or NaN
-    rows = np.argpartition(x, x.shape[1] - count, axis=1)[:, -count:]
-    rows.sort(axis=1)
-    order = np.argsort(-np.take_along_axis(x, rows, axis=1), axis=1, kind="stable")
-    top: npt.NDArray[np.intp] = np.take_along_axis(rows, order, axis=1)
-    top[tied] = np.argsort(-x[tied], axis=1, kind="stable")[:, :count]
-    return top
-
-
-def _nearest(embeddings: Array, count: int) -> npt.NDArray[np.intp]:
-    """Indices [N, count] of the nearest others by cosine."""
-    x = embeddings.astype(np.float64)
-    norm = np.sqrt(np.einsum("nd,nd->n", x, x))[:, None]
-    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
-    distance = -(unit @ unit.T)
-    np.fill_diagonal(distance, np.inf)
-    return np.argsort(distance, axis=1, kind="stable")[:, :count]
-
-
-def _ratio(top: Doubles, bottom: Doubles, *, both_zero: float, zero: float) -> Doubles:
-    return np.where(bottom == 0, np.where(top == 0, both_zero, np.where(np.isnan(top), np.nan, zero)), top / bottom)
+def _ratio(top: Figures | np.float64, bottom: Figures | np.float64) -> Figures:
+    """top / bottom, neither negative; 0 where both are zero, infinite where only the bottom is."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(top == 0, 0.0, top / bottom)
