@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from npu_export.pipeline import export
-from npu_runtime.parity.records import read_record
+from npu_runtime.parity.record_files import read_record
 
 HERE = Path(__file__).parent
 

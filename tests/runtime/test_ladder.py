@@ -261,7 +261,7 @@ def test_the_worst_input_of_the_first_failing_step_is_kept(artifact_copy: Path, 
 def test_outputs_larger_than_what_is_kept_are_computed_again(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import npu_runtime.parity.ladder as module
+    import npu_runtime.parity.baselines as module
 
     whole = climb(open_artifact(tiny_artifact))
     monkeypatch.setattr(module, "KEPT_NBYTES", 0)

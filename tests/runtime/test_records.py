@@ -14,16 +14,15 @@ from npu_runtime.artifact.store import open_artifact
 from npu_runtime.parity.inputs import Inputs, SkippedInput, seeded_inputs
 from npu_runtime.parity.ladder import Ladder, plan_ladder
 from npu_runtime.parity.profiles import PROFILES
-from npu_runtime.parity.records import (
+from npu_runtime.parity.record_files import (
     SCHEMA_MAJOR,
     SCHEMA_MINOR,
-    ParityRecord,
     decode_record,
     differences,
     encode_record,
-    make_record,
     read_record,
 )
+from npu_runtime.parity.records import ParityRecord, make_record
 
 
 @pytest.fixture(scope="module")

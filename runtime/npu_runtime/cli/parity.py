@@ -25,7 +25,8 @@ from npu_runtime.parity.inputs import DEFAULT_SEEDS, Inputs, InputSource, array_
 from npu_runtime.parity.ladder import Ladder, WorstInput, plan_ladder
 from npu_runtime.parity.localise import localise, require_probes
 from npu_runtime.parity.profiles import PROFILES
-from npu_runtime.parity.records import Cause, Localisation, ParityRecord, Step, encode_record, make_record
+from npu_runtime.parity.record_files import encode_record
+from npu_runtime.parity.records import Cause, Localisation, ParityRecord, Step, make_record
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

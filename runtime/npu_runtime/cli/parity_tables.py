@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from npu_runtime.cli.console import print_conditions, print_line, print_table
-from npu_runtime.parity.records import Localisation, OutputParity, ParityRecord, Step, differences
+from npu_runtime.parity.record_files import differences
+from npu_runtime.parity.records import Localisation, OutputParity, ParityRecord, Step
 
 Column = tuple[str, Callable[[OutputParity], str]]
 

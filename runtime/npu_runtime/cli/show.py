@@ -8,7 +8,7 @@ import click
 
 from npu_runtime.cli.console import print_line
 from npu_runtime.cli.parity_tables import print_differences, print_parity
-from npu_runtime.parity.records import read_record
+from npu_runtime.parity.record_files import read_record
 
 
 @click.command()

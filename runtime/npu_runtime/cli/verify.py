@@ -15,7 +15,8 @@ from npu_runtime.cli.parity_tables import print_parity
 from npu_runtime.encoder import RunOptions
 from npu_runtime.errors import ParityError, UnavailableError
 from npu_runtime.parity.inputs import Inputs, reference_inputs
-from npu_runtime.parity.records import Step, encode_record, make_record, not_run
+from npu_runtime.parity.record_files import encode_record
+from npu_runtime.parity.records import Step, make_record, not_run
 from npu_runtime.parity.verify import measure_parity
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from npu_runtime.artifact.schema import Manifest, Precision
 from npu_runtime.artifact.store import Array, Artifact
@@ -27,7 +27,8 @@ from npu_runtime.errors import (
     UnavailableError,
     WeightsError,
 )
-from npu_runtime.parity.inputs import KEPT_NBYTES, Inputs, reference_inputs
+from npu_runtime.parity.baselines import Baseline, LiveBaseline, StoredReference
+from npu_runtime.parity.inputs import Inputs
 from npu_runtime.parity.measure import Measurement, Outputs
 from npu_runtime.parity.profiles import Profile
 from npu_runtime.parity.records import Cause, OutputParity, Status, Step, step_title
@@ -35,8 +36,6 @@ from npu_runtime.steps import Silent, Steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-STORED = "stored reference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,51 +68,6 @@ def plan_ladder(manifest: Manifest, device: str, backends: Sequence[str] = ()) -
         rungs.append(Rung("device", EAGER, str(target), precision))
         rungs += [Rung("export", backend, str(target), precision) for backend in exported]
     return tuple(rungs)
-
-
-class Baseline(Protocol):
-    """What a step's outputs are compared with."""
-
-    name: str
-    inputs: Inputs
-
-    def outputs(self, start: int, stop: int) -> Outputs:
-        """Those of images `start` to `stop`."""
-        ...
-
-
-class StoredReference:
-    """The artifact's recorded images and outputs."""
-
-    name = STORED
-
-    def __init__(self, artifact: Artifact) -> None:
-        self.inputs = Inputs(reference_inputs(artifact))
-        _, self._expected = artifact.read_reference()
-
-    def outputs(self, start: int, stop: int) -> Outputs:
-        return {name: array[start:stop] for name, array in self._expected.items()}
-
-
-class LiveBaseline:
-    """An open session; what it gave is kept while it is small, and else run again."""
-
-    def __init__(self, title: str, encoder: Encoder, inputs: Inputs) -> None:
-        self.name = title
-        self.inputs = inputs
-        self._encoder = encoder
-        self._kept: dict[tuple[int, int], Outputs] = {}
-        self._room = KEPT_NBYTES
-
-    def outputs(self, start: int, stop: int) -> Outputs:
-        if (start, stop) in self._kept:
-            return self._kept[start, stop]
-        outputs = self._encoder.run(self.inputs.rows(start, stop), allow_nonfinite=True)
-        nbytes = sum(array.nbytes for array in outputs.values())
-        if nbytes <= self._room:
-            self._kept[start, stop] = outputs
-            self._room -= nbytes
-        return outputs
 
 
 @dataclass(frozen=True, slots=True)

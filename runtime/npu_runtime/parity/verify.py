@@ -11,7 +11,8 @@ import numpy as np
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.table import find_backend
 from npu_runtime.encoder import RunOptions, load
-from npu_runtime.parity.ladder import STORED, judge_outputs
+from npu_runtime.parity.baselines import STORED
+from npu_runtime.parity.ladder import judge_outputs
 from npu_runtime.parity.measure import Measurement
 from npu_runtime.parity.records import Step
 

@@ -1,0 +1,93 @@
+"""Parity records as JSON that another machine can read.
+
+Versions of the schema:
+    1.0  first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from npu_runtime.errors import Error
+from npu_runtime.parity.records import ParityRecord
+from npu_runtime.structured import Reader, to_json
+
+SCHEMA_MAJOR = 1
+SCHEMA_MINOR = 0
+
+BESIDE = ("record", "schema", "error", "exit_code")
+"""Fields of the document that are no figures of the run."""
+
+
+def encode_record(record: ParityRecord, error: Error | None = None) -> str:
+    """The record as indented JSON, and beside it the error with which the command ends."""
+    ending = {} if error is None else {"error": error.fields(), "exit_code": error.exit_code}
+    document = {"record": "parity", "schema": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}", **to_json(record), **ending}
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def read_record(path: str | Path) -> ParityRecord:
+    """The record in a file, wherever it was made. Raises Error when it is none, damaged, or of a newer major schema."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise Error("the record is no text", where=path, got=error) from error
+    return decode_record(text, str(path))
+
+
+def decode_record(text: str, where: str) -> ParityRecord:
+    """The record in `text`, read from `where`; see `read_record`."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Error("the record is not JSON", where=where, got=error) from error
+    version = document.get("schema") if isinstance(document, dict) and document.get("record") == "parity" else None
+    match = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
+    if match is None or int(match[1]) != SCHEMA_MAJOR:
+        raise Error(
+            "this is no parity record that this version reads",
+            where=where,
+            expected=f'"record": "parity" of schema {SCHEMA_MAJOR}.x',
+            got=f"schema {version}" if match else text[:80],
+            hint="pass what npu-runtime parity or verify wrote; upgrade npu-export to read a newer one",
+        )
+    body = {name: value for name, value in document.items() if name not in BESIDE}
+    reader = Reader("the record", where, "the file was edited or damaged; run it again", Error, allow_not_finite=True)
+    return reader.decode(ParityRecord, body, lenient=int(match[2]) > SCHEMA_MINOR)
+
+
+def differences(one: ParityRecord, other: ParityRecord) -> tuple[str, ...]:
+    """What makes two records hard to compare, in words: artifacts, devices, numerics, versions, inputs."""
+    told: list[str] = []
+
+    def tell(what: str, a: object, b: object) -> None:
+        if a != b:
+            told.append(f"{what}: {a} and {b}")
+
+    tell("artifact", one.artifact.digest[:12], other.artifact.digest[:12])
+    tell("weights", one.artifact.weights.state_sha256[:12], other.artifact.weights.state_sha256[:12])
+    tell("device", one.device, other.device)
+    tell("processor", one.environment.get("processor"), other.environment.get("processor"))
+    numerics = [
+        {step.title: dict(step.conditions.numerics) for step in record.steps if step.conditions is not None}
+        for record in (one, other)
+    ]
+    for title in numerics[0]:
+        if title in numerics[1]:
+            a, b = numerics[0][title], numerics[1][title]
+            changed = [name for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
+            for name in changed:
+                tell(f"numerics of {title}, {name}", a.get(name), b.get(name))
+    versions = [dict(_mapping(record.environment.get("versions"))) for record in (one, other)]
+    for package in dict.fromkeys((*versions[0], *versions[1])):
+        tell(f"version of {package}", versions[0].get(package), versions[1].get(package))
+    if {i.sha256 for i in one.inputs} != {i.sha256 for i in other.inputs}:
+        told.append(f"inputs: {len(one.inputs)} and {len(other.inputs)}, not the same images")
+    return tuple(told)
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
