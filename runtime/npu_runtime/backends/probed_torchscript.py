@@ -72,7 +72,9 @@ class ProbedTorchScript:
         function = self._function(places)
 
         def call(pixel_values: Array) -> tuple[dict[str, Array], list[Value]]:
-            with self._current(), torch.inference_mode():
+            # Optimising takes longer than the few runs that this function sees.
+            plain = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+            with self._current(), torch.inference_mode(), plain:
                 outputs, *values = function(tensor_from_array(pixel_values).to(str(self._device)))
                 return dict(zip(self._outputs, map(_array, outputs))), [_array(tensor) for tensor in values]
 

@@ -144,7 +144,8 @@ class Ladder:
         """Make one step; returns its encoder, open, where one was opened and measured whole."""
         draft = _Draft(rung, baseline.name, Measurement(self._artifact.manifest.outputs), time.monotonic())
         try:
-            with self._watch.step(f"{rung.title}, {len(baseline.inputs)} images"):
+            count = len(baseline.inputs)
+            with self._watch.step(f"{rung.title}, {count} image{'s' if count > 1 else ''}"):
                 encoder = self._open(rung)
                 try:
                     self._run(draft, encoder, baseline)
