@@ -37,8 +37,18 @@ def test_json_holds_the_statistics_and_the_samples_of_every_backend_and_batch(
         assert row["p90_ms"] == pytest.approx(np.percentile(samples, 90))
         assert row["p99_ms"] is None
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
-    eager = [row for row in record["rows"] if row["backend"] == "eager"]
-    assert [row["speedup_over_eager"] for row in eager] == [1.0, 1.0]
+        assert row["p95_ms"] is None
+        assert row["standard_deviation_ms"] == pytest.approx(samples.std(ddof=1))
+    samples_of = {(row["backend"], row["batch"]): np.array(row["samples_ms"]) for row in record["rows"]}
+    for row in record["rows"]:
+        if row["backend"] == "eager":
+            assert row["over_eager"] is None
+            continue
+        ratios = np.sort(samples_of["eager", row["batch"]] / samples_of[row["backend"], row["batch"]])
+        over_eager = row["over_eager"]
+        assert over_eager["speedup"] == pytest.approx(np.median(ratios))
+        assert over_eager["interval"] == pytest.approx({"low": ratios[5], "high": ratios[14]})
+        assert over_eager["verdict"] in ("faster", "slower", "same", "undecided")
 
 
 @pytest.mark.parametrize(("iterations", "p90", "p99"), [(19, False, False), (100, True, True)])
@@ -58,9 +68,10 @@ def test_the_table_has_a_row_for_each_backend_and_batch_and_a_dash_where_nothing
     assert result.code == 0
     assert result.out.startswith("weights   ")
     assert "in ms, 3 rounds, 1 threads, on cpu" in result.out
-    rows = [line.split() for line in result.out.splitlines()[3:] if not line.startswith("numerics")]
+    rows = [line.split() for line in result.out.splitlines()[3:] if not line.startswith(("numerics", "noisy"))]
     assert [row[:2] for row in rows] == [["eager", "4"], ["torchscript", "4"], ["onnxruntime", "4"]]
-    assert all(row[3:5] == ["-", "-"] and row[-1] == "x" for row in rows)
+    assert all(row[4:7] == ["-"] * 3 for row in rows)
+    assert [row[-1] for row in rows] == ["-", "undecided", "undecided"]
     assert [line.split("  ")[0] for line in result.err.splitlines() if line] == [
         "✓ open eager",
         "✓ open torchscript",
@@ -90,7 +101,7 @@ def test_a_checkpoint_that_is_gone_leaves_eager_out_with_the_reason(call: Callab
     result = call("npu-runtime", "bench", moved, *ROUNDS, "--json")
     assert result.code == 0
     assert {row["backend"] for row in result.json["rows"]} == {"torchscript", "onnxruntime"}
-    assert all(row["speedup_over_eager"] is None for row in result.json["rows"])
+    assert all(row["over_eager"] is None for row in result.json["rows"])
     assert "there is no such checkpoint" in result.json["not_run"]["eager"]
     text = call("npu-runtime", "bench", moved, *ROUNDS)
     assert "not run   eager: the checkpoint that the manifest records cannot be used" in text.out

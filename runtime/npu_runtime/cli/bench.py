@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from npu_runtime.artifact.store import Artifact, open_artifact
 from npu_runtime.backends.table import EAGER, FORMATS, backend_name, backend_names
 from npu_runtime.bench.measure import measure_latency
-from npu_runtime.bench.statistics import Latency, paired_speedup, summarise_latency
+from npu_runtime.bench.statistics import NOISY, Comparison, Latency, compare_paired, summarise_latency
 from npu_runtime.cli.console import (
     StepProgress,
     narration,
@@ -65,7 +65,10 @@ def command(
     Eager is the unmodified network, rebuilt from the checkpoint that the manifest records and only used
     when its tensors are the very ones that were exported. A backend that cannot run here is listed
     with the reason, unless it was named. A percentile is given from enough samples only: p90 from 20,
-    p99 from 100.
+    p95 from 40, p99 from 100.
+
+    Over eager: the median of the rounds' ratios, its 95 % interval, and what that allows to say: faster or slower
+    where 1 is outside of it, the same where all of it is within 2 % of 1, else undecided.
     """
     opened = open_artifact(artifact)
     frozen = {program.batch for program in opened.manifest.programs}
@@ -84,9 +87,9 @@ def command(
             samples = measure_latency(encoders, batches, iterations=iterations, warmup=warmup, progress=advance)
         conditions = {name: encoder.report() for name, encoder in encoders.items()}
     rows = {key: summarise_latency(values, key[1]) for key, values in samples.items()}
-    speedups = {
-        key: paired_speedup(samples[EAGER, key[1]], values) if EAGER in encoders else None
-        for key, values in samples.items()
+    over_eager = {
+        (name, size): compare_paired(samples[EAGER, size], values) if EAGER in encoders and name != EAGER else None
+        for (name, size), values in samples.items()
     }
     if as_json:
         return print_json(
@@ -105,7 +108,7 @@ def command(
                         "backend": name,
                         "batch": size,
                         **to_json(latency),
-                        "speedup_over_eager": speedups[name, size],
+                        "over_eager": to_json(over_eager[name, size]),
                         "samples_ms": samples[name, size],
                     }
                     for (name, size), latency in rows.items()
@@ -114,7 +117,7 @@ def command(
             }
         )
     print_weights(opened.manifest)
-    _print_rows(opened, rows, speedups, f"{iterations} rounds, {used_threads} threads, on {how['device']}")
+    _print_rows(opened, rows, over_eager, f"{iterations} rounds, {used_threads} threads, on {how['device']}")
     print_conditions(conditions)
     for name, reason in not_run.items():
         print_line(f"not run   {name}: {reason}")
@@ -172,27 +175,45 @@ def _round_bar(total: int) -> Iterator[Callable[[], None]]:
 def _print_rows(
     artifact: Artifact,
     rows: Mapping[tuple[str, int], Latency],
-    speedups: Mapping[tuple[str, int], float | None],
+    over_eager: Mapping[tuple[str, int], Comparison | None],
     conditions: str,
 ) -> None:
     print_table(
         f"{artifact.manifest.encoder}, a call from numpy to numpy in ms, {conditions}",
-        ("backend", "batch", "median", "p90", "p99", "min", "max", "images/s", "over eager"),
+        ("backend", "batch", "median", "iqr", "p90", "p95", "p99", "min", "max", "images/s", "over eager"),
         [
             (
                 name,
                 str(size),
                 f"{r.median_ms:.2f}",
+                f"{r.interquartile_range_ms:.2f}",
                 _or_dash(r.p90_ms),
+                _or_dash(r.p95_ms),
                 _or_dash(r.p99_ms),
                 f"{r.minimum_ms:.2f}",
                 f"{r.maximum_ms:.2f}",
                 f"{r.images_per_second:.1f}",
-                "-" if speedups[name, size] is None else f"{speedups[name, size]:.2f} x",
+                _spell_comparison(over_eager[name, size]),
             )
             for (name, size), r in rows.items()
         ],
     )
+    noisy = [
+        f"{name} batch {size} ({r.interquartile_range_ms / r.median_ms:.0%})"
+        for (name, size), r in rows.items()
+        if r.noisy
+    ]
+    if noisy:
+        print_line(f"noisy     {', '.join(noisy)}: interquartile range above {NOISY:.0%} of the median", warn=True)
+
+
+def _spell_comparison(comparison: Comparison | None) -> str:
+    """`2.27 x [2.20, 2.31] faster`."""
+    if comparison is None:
+        return "-"
+    interval = comparison.interval
+    told = "" if interval is None else f" [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{comparison.speedup:.2f} x{told} {comparison.verdict}"
 
 
 def _or_dash(value: float | None) -> str:
