@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import types
 import typing
@@ -29,6 +30,28 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     return value
+
+
+def read_header(text: str, where: str, *, record: str, major: int, hint: str) -> tuple[dict[str, Any], int]:
+    """A JSON document that begins with `"record": record` and `"schema": "MAJOR.MINOR"`, and its minor version.
+
+    Raises Error for what is no such document or of another major version.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Error("the record is not JSON", where=where, got=error) from error
+    version = document.get("schema") if isinstance(document, dict) and document.get("record") == record else None
+    match = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
+    if match is None or int(match[1]) != major:
+        raise Error(
+            f"this is no {record} record that this version reads",
+            where=where,
+            expected=f'"record": "{record}" of schema {major}.x',
+            got=f"schema {version}" if match else text[:80],
+            hint=hint,
+        )
+    return document, int(match[2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from npu_runtime.artifact.store import open_artifact
+from npu_runtime.bench.records import decode_record, read_record
 from npu_runtime.devices import cpu_count
 
 ROUNDS = ("--iterations", "3", "--warmup", "1")
@@ -29,16 +32,15 @@ def test_json_holds_the_statistics_and_the_samples_of_every_backend_and_batch(
     assert (record["threads"], record["warmup"], record["device"]) == (cpu_count(), 1, "cpu")
     assert record["environment"]["cores_usable"] == cpu_count()
     for row in record["rows"]:
-        samples = np.array(row["samples_ms"])
-        assert row["samples"] == len(samples) == 20
-        assert row["minimum_ms"] == samples.min() > 0
-        assert row["maximum_ms"] == samples.max()
-        assert row["median_ms"] == row["p50_ms"] == pytest.approx(np.median(samples))
-        assert row["p90_ms"] == pytest.approx(np.percentile(samples, 90))
-        assert row["p99_ms"] is None
-        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
-        assert row["p95_ms"] is None
-        assert row["standard_deviation_ms"] == pytest.approx(samples.std(ddof=1))
+        samples, latency = np.array(row["samples_ms"]), row["latency"]
+        assert latency["samples"] == len(samples) == 20
+        assert latency["minimum_ms"] == samples.min() > 0
+        assert latency["maximum_ms"] == samples.max()
+        assert latency["median_ms"] == latency["p50_ms"] == pytest.approx(np.median(samples))
+        assert latency["p90_ms"] == pytest.approx(np.percentile(samples, 90))
+        assert (latency["p95_ms"], latency["p99_ms"]) == (None, None)
+        assert latency["standard_deviation_ms"] == pytest.approx(samples.std(ddof=1))
+        assert latency["images_per_second"] == pytest.approx(1000 * row["batch"] / latency["median_ms"])
     samples_of = {(row["backend"], row["batch"]): np.array(row["samples_ms"]) for row in record["rows"]}
     for row in record["rows"]:
         if row["backend"] == "eager":
@@ -57,8 +59,9 @@ def test_a_percentile_is_given_from_enough_samples_only(
 ) -> None:
     arguments = ("--backend", "onnx", "--batch", "1", "--iterations", str(iterations), "--json")
     (row,) = call("npu-runtime", "bench", tiny_artifact, *arguments).json["rows"]
-    assert (row["p90_ms"] is not None, row["p99_ms"] is not None) == (p90, p99)
-    assert row["p50_ms"] is not None
+    latency = row["latency"]
+    assert (latency["p90_ms"] is not None, latency["p99_ms"] is not None) == (p90, p99)
+    assert latency["p50_ms"] is not None
 
 
 def test_the_table_has_a_row_for_each_backend_and_batch_and_a_dash_where_nothing_was_measured(
@@ -144,3 +147,92 @@ def test_a_damaged_program_is_an_error_and_not_left_out(call: Callable[..., Any]
     (artifact_copy / "model.ts").write_bytes(b"")
     result = call("npu-runtime", "bench", artifact_copy, *ROUNDS, "--json")
     assert (result.code, result.json["error"]["what"]) == (1, "a file of the artifact has another size")
+
+
+def test_the_record_and_the_samples_go_to_files_which_are_not_replaced_unasked(
+    call: Callable[..., Any], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    record, samples = tmp_path / "r.json", tmp_path / "s.csv"
+    arguments = ("npu-runtime", "bench", tiny_artifact, *ROUNDS, "--batch", "1", "--record", record, "--csv", samples)
+    result = call(*arguments, "--json")
+    assert (result.code, record.read_text("utf-8")) == (0, result.out)
+    read = read_record(record)
+    assert read.conditions.keys() == {"eager", "torchscript", "onnxruntime"}
+    assert (read.warmup, read.iterations, read.adaptive, read.accelerator) == (1, 3, False, None)
+    lines = list(csv.reader(samples.read_text("utf-8").splitlines()))
+    assert lines[0] == ["backend", "batch", "round", "latency_ms"]
+    assert [(name, int(batch), int(index), float(ms)) for name, batch, index, ms in lines[1:]] == [
+        (row.backend, row.batch, index, ms) for row in read.rows for index, ms in enumerate(row.samples_ms)
+    ]
+    before = record.read_bytes()
+    for taken in (("--record", record), ("--csv", samples)):
+        again = call("npu-runtime", "bench", tiny_artifact, *ROUNDS, *taken)
+        assert (again.code, "the output exists" in again.err) == (2, True)
+    assert record.read_bytes() == before
+    assert call(*arguments, "--force").code == 0
+    assert record.read_bytes() != before
+
+
+def test_record_and_csv_in_one_file_are_refused(call: Callable[..., Any], tiny_artifact: Path, tmp_path: Path) -> None:
+    files = ("--record", tmp_path / "x", "--csv", tmp_path / "x")
+    result = call("npu-runtime", "bench", tiny_artifact, *ROUNDS, *files)
+    assert (result.code, "name one file" in result.err) == (2, True)
+
+
+def test_a_run_stands_beside_an_older_one_of_the_same_conditions_with_a_verdict(
+    call: Callable[..., Any], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    arguments = ("npu-runtime", "bench", tiny_artifact, "--backend", "onnx", "--batch", "1", "--iterations", "8")
+    old = tmp_path / "old.json"
+    assert call(*arguments, "--record", old).code == 0
+    result = call(*arguments, "--against", old, "--json")
+    assert result.code == 0
+    against = result.json["against"]
+    assert (against["old"], against["refused"]) == (str(old), [])
+    (row,) = against["rows"]
+    assert row["old_median_ms"] == read_record(old).rows[0].latency.median_ms
+    assert row["new_median_ms"] == result.json["rows"][0]["latency"]["median_ms"]
+    assert row["comparison"]["speedup"] == pytest.approx(row["old_median_ms"] / row["new_median_ms"])
+    assert decode_record(result.out, "stdout").rows[0].samples_ms == tuple(result.json["rows"][0]["samples_ms"])
+    text = call(*arguments, "--against", old).out
+    assert f"medians in ms against {old}" in text
+    assert "not judged" not in text
+
+
+def test_a_record_of_another_machine_or_setting_is_shown_and_not_judged(
+    call: Callable[..., Any], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    arguments = ("npu-runtime", "bench", tiny_artifact, "--backend", "onnx", "--iterations", "8")
+    old = tmp_path / "old.json"
+    assert call(*arguments, "--batch", "1,4", "--record", old).code == 0
+    document = json.loads(old.read_text("utf-8"))
+    document["environment"]["host"] = "elsewhere"
+    old.write_text(json.dumps(document), "utf-8")
+    result = call(*arguments, "--batch", "1", "--threads", "1", "--against", old)
+    assert result.code == 0
+    assert "differs   host: elsewhere and " in result.out
+    assert "differs   batch sizes: 1, 4 and 1" in result.out
+    rows = [line.split() for line in result.out.splitlines() if line.endswith("not judged")]
+    assert [(row[0], row[1], row[3] == "-") for row in rows] == [
+        ("onnxruntime", "1", False),
+        ("onnxruntime", "4", True),
+    ]
+
+
+def test_what_is_no_record_is_refused_before_anything_is_measured(
+    call: Callable[..., Any], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "old.json").write_text("{}")
+    result = call("npu-runtime", "bench", tiny_artifact, "--against", tmp_path / "old.json", "--json")
+    assert (result.code, result.json["error"]["what"]) == (1, "this is no bench record that this version reads")
+    assert "open " not in result.err
+
+
+def test_an_adaptive_run_makes_20_rounds_at_least_and_no_more_than_were_asked_for(
+    call: Callable[..., Any], tiny_artifact: Path
+) -> None:
+    arguments = ("--iterations", "25", "--batch", "1", "--backend", "eager", "--backend", "onnx", "--adaptive")
+    record = call("npu-runtime", "bench", tiny_artifact, *arguments, "--json").json
+    counts = {len(row["samples_ms"]) for row in record["rows"]}
+    assert (record["adaptive"], record["iterations"], len(counts)) == (True, 25, 1)
+    assert counts <= set(range(20, 26))

@@ -474,6 +474,8 @@ def test_bench_and_embed_run_on_the_npu_and_record_the_conditions(command: Run, 
     record = json.loads(done.stdout)
     assert {row["backend"] for row in record["rows"]} == {"eager", "torchscript"}
     assert {report["numerics"]["numerics"] for report in record["conditions"].values()} == {"strict"}
+    assert record["accelerator"]["name"].startswith("Ascend")
+    assert record["environment"]["variables"]["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1"
     Image.new("RGB", (40, 30), (200, 10, 60)).save(tmp_path / "a.png")
     output = tmp_path / "features.npy"
     done = command("embed", artifact, tmp_path / "a.png", *NPU, "--output", output)

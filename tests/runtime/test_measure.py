@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,23 @@ def test_progress_is_called_after_each_round_of_each_batch_size() -> None:
     rounds: list[None] = []
     measure("ab", [1, 2], iterations=3, warmup=2, progress=lambda: rounds.append(None))
     assert len(rounds) == 2 * (3 + 2)
+
+
+def test_a_batch_size_ends_where_its_own_rounds_are_enough() -> None:
+    seen: list[list[int]] = []
+    rounds: list[None] = []
+
+    def enough(samples: Mapping[str, Sequence[float]]) -> bool:
+        seen.append([len(values) for values in samples.values()])
+        return len(samples["a"]) == 3
+
+    samples, calls = measure("ab", [1, 2], iterations=10, warmup=2, enough=enough, progress=lambda: rounds.append(None))
+    assert {key: len(values) for key, values in samples.items()} == {
+        (name, batch): 3 for name in "ab" for batch in (1, 2)
+    }
+    assert seen == [[1, 1], [2, 2], [3, 3]] * 2
+    assert len(calls) == 2 * 2 * 5
+    assert len(rounds) == 2 * (10 + 2)
 
 
 def test_a_latency_is_the_calls_own_in_milliseconds() -> None:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from npu_runtime.bench.statistics import (
     MARGIN,
     NOISY,
+    Comparison,
     Interval,
     Verdict,
     compare_apart,
     compare_paired,
+    is_narrow,
     judge_interval,
     median_interval,
     summarise_latency,
@@ -190,6 +192,36 @@ def test_exchanging_the_sides_turns_the_comparison_round(pairs: list[tuple[float
         ends = (there.interval.low, there.interval.high)
         if not any(math.isclose(end, at) for end in ends for at in (1, 1 + MARGIN, 1 / (1 + MARGIN))):
             assert back.verdict == turned.get(there.verdict, there.verdict)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rounds", "narrow"),
+    [
+        (1.96, 1.999, 20, True),
+        (1.96, 1.999, 19, False),
+        (1.96, 2.0, 20, False),
+        (0.5, 4.0, 1000, False),
+    ],
+)
+def test_an_interval_is_narrow_below_a_half_width_of_1_percent_after_20_rounds(
+    low: float, high: float, rounds: int, narrow: bool
+) -> None:
+    assert is_narrow(Comparison(2.0, Interval(low, high), "faster"), rounds) == narrow
+    assert not is_narrow(Comparison(2.0, None, "undecided"), rounds)
+
+
+def test_stopping_when_the_interval_is_narrow_keeps_most_of_its_coverage() -> None:
+    generator = np.random.default_rng(3)
+    covered = 0
+    for _ in range(300):
+        ratios = np.exp(generator.normal(0, 0.03, 200)).tolist()
+        for rounds in range(20, 201):
+            comparison = compare_paired(ratios[:rounds], [1.0] * rounds)
+            if is_narrow(comparison, rounds):
+                break
+        interval = comparison.interval
+        covered += interval is not None and interval.low <= 1 <= interval.high
+    assert covered >= 0.9 * 300
 
 
 def test_a_speedup_is_the_median_of_the_rounds_ratios() -> None:

@@ -22,14 +22,16 @@ def measure_latency(
     seed: int = 0,
     settle_s: float = 0.01,
     progress: Callable[[], None] = lambda: None,
+    enough: Callable[[Mapping[str, Sequence[float]]], bool] = lambda _: False,
 ) -> dict[tuple[str, int], list[float]]:
     """Latencies in milliseconds of `encoder(pixel_values)`, by name and batch size, one for each round.
 
     A call is timed from numpy to numpy on a monotonic clock, input checks and copies included. Inputs
     are standard normal and rotate; the order of the encoders is drawn anew each round, so that none
     always follows the same other. `settle_s` seconds pass before each call, since threads of the one
-    before spin for work a while. The warm-up rounds are not kept. `progress` is called after each round
-    of a batch size.
+    before spin for work a while. The warm-up rounds are not kept. `enough` is asked after each round that
+    is kept, with the batch size's samples so far by name, and ends it where it says so. `progress` is called
+    once for each round of a batch size, those that were not needed included.
     """
     generator = np.random.default_rng(seed)
     shape = next(iter(encoders.values())).manifest.inputs[0]
@@ -37,6 +39,7 @@ def measure_latency(
     samples: dict[tuple[str, int], list[float]] = {(name, b): [] for b in batches for name in encoders}
     names = list(encoders)
     for batch in batches:
+        so_far = {name: samples[name, batch] for name in encoders}
         for index in range(warmup + iterations):
             for name in (names[place] for place in generator.permutation(len(names))):
                 pixel_values = inputs[batch][index % INPUTS]
@@ -47,4 +50,8 @@ def measure_latency(
                 if index >= warmup:
                     samples[name, batch].append(elapsed / 1e6)
             progress()
+            if index >= warmup and enough(so_far):
+                for _ in range(index + 1, warmup + iterations):
+                    progress()
+                break
     return samples

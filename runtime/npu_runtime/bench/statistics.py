@@ -18,6 +18,11 @@ MARGIN = 0.02
 CONFIDENCE = 0.95
 """Least probability that an interval covers what it estimates."""
 
+NARROW = 0.01
+"""Half width of an interval, over its speedup, below which no more rounds are needed."""
+LEAST_ROUNDS = 20
+"""Rounds before which no interval is taken for narrow: a few alike ratios are no evidence of more."""
+
 Verdict = Literal["faster", "slower", "same", "undecided"]
 
 
@@ -130,6 +135,14 @@ def compare_apart(baseline_ms: Sequence[float], samples_ms: Sequence[float]) -> 
     if baseline is not None and own is not None:
         interval = Interval(baseline.low / own.high, baseline.high / own.low)
     return Comparison(float(np.median(baseline_ms) / np.median(samples_ms)), interval, judge_interval(interval))
+
+
+def is_narrow(comparison: Comparison, rounds: int) -> bool:
+    """Whether more than `rounds` rounds would tell little more: the interval is narrower than NARROW allows."""
+    interval = comparison.interval
+    if interval is None or rounds < LEAST_ROUNDS:
+        return False
+    return (interval.high - interval.low) / 2 < NARROW * comparison.speedup
 
 
 def judge_interval(interval: Interval | None) -> Verdict:

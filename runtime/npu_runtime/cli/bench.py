@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Artifact, open_artifact
 from npu_runtime.backends.table import EAGER, FORMATS, backend_name, backend_names
+from npu_runtime.bench.against import Against, compare_records
 from npu_runtime.bench.measure import measure_latency
-from npu_runtime.bench.statistics import NOISY, Comparison, Latency, compare_paired, summarise_latency
+from npu_runtime.bench.records import BenchRecord, encode_csv, encode_record, make_record, read_record
+from npu_runtime.bench.statistics import NOISY, Comparison, compare_paired, is_narrow
 from npu_runtime.cli.console import (
     StepProgress,
     narration,
     print_conditions,
-    print_json,
     print_line,
     print_table,
     print_weights,
 )
 from npu_runtime.cli.options import artifact_argument, json_option, parse_batches, run_options
-from npu_runtime.devices import cpu_count
+from npu_runtime.devices import cpu_count, parse_device
 from npu_runtime.encoder import Encoder, RunOptions, load
-from npu_runtime.environment import describe_environment
+from npu_runtime.environment import describe_accelerator, describe_environment
 from npu_runtime.errors import Error, UnavailableError, UsageError
-from npu_runtime.structured import to_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,12 +44,23 @@ if TYPE_CHECKING:
 @click.option("--batch", callback=parse_batches, metavar="N,N…", help="Batch sizes.  [default: all that are frozen]")
 @click.option("--iterations", type=click.IntRange(min=1), default=100, show_default=True, help="Timed rounds.")
 @click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds before them.")
+@click.option(
+    "--adaptive", is_flag=True, help="End a batch size before its rounds are done where its intervals are narrow."
+)
 @click.option("--weights", metavar="FILE|DIR", help="Where the checkpoint lies now, for eager.  [default: as recorded]")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
     help="CPU threads for one operator.  [default: cores of this process]",
+)
+@click.option(
+    "--record", type=click.Path(path_type=Path), metavar="FILE", help="Write the record here as well, as JSON."
+)
+@click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the samples here, as CSV.")
+@click.option("--force", is_flag=True, help="Replace the files of --record and --csv.")
+@click.option(
+    "--against", type=click.Path(path_type=Path), metavar="OLD.json", help="Compare with the record of another run."
 )
 @run_options
 @json_option
@@ -56,7 +70,12 @@ def command(
     batch: tuple[int, ...] | None,
     iterations: int,
     warmup: int,
+    adaptive: bool,
     weights: str | None,
+    record: Path | None,
+    csv: Path | None,
+    force: bool,
+    against: Path | None,
     as_json: bool,
     **how: Unpack[RunOptions],
 ) -> None:
@@ -68,8 +87,20 @@ def command(
     p95 from 40, p99 from 100.
 
     Over eager: the median of the rounds' ratios, its 95 % interval, and what that allows to say: faster or slower
-    where 1 is outside of it, the same where all of it is within 2 % of 1, else undecided.
+    where 1 is outside of it, the same where all of it is within 2 % of 1, else undecided. With --adaptive a
+    batch size ends as soon as, from 20 rounds on, the half width of every interval is below 1 % of its speedup;
+    without eager it makes all of its rounds.
+
+    With --against the medians stand beside those of an older record, over which the verdict is the ratio of the
+    medians with an interval for runs that were not made together. Nothing is judged where the machine, the
+    device, settings, versions, batch sizes or the artifact differ; the differences are listed.
     """
+    for file in (record, csv):
+        if file is not None:
+            check_new_file(file, force=force)
+    if record is not None and csv is not None and record.absolute() == csv.absolute():
+        raise UsageError("--record and --csv name one file", where=record)
+    old = None if against is None else read_record(against)
     opened = open_artifact(artifact)
     frozen = {program.batch for program in opened.manifest.programs}
     batches = batch or tuple(sorted(frozen))
@@ -80,47 +111,66 @@ def command(
             expected=", ".join(map(str, sorted(frozen))),
             got=", ".join(map(str, batches)),
         )
-    used_threads = how["threads"] = how["threads"] or cpu_count()
+    environment, start = describe_environment(), time.monotonic()
+    threads = how["threads"] = how["threads"] or cpu_count()
     with contextlib.ExitStack() as stack:
         encoders, not_run = _open(opened, backends, batches, weights, how, stack)
         with _round_bar(len(batches) * (warmup + iterations)) as advance:
-            samples = measure_latency(encoders, batches, iterations=iterations, warmup=warmup, progress=advance)
+            samples = measure_latency(
+                encoders,
+                batches,
+                iterations=iterations,
+                warmup=warmup,
+                progress=advance,
+                enough=_all_narrow if adaptive else _never,
+            )
         conditions = {name: encoder.report() for name, encoder in encoders.items()}
-    rows = {key: summarise_latency(values, key[1]) for key, values in samples.items()}
-    over_eager = {
-        (name, size): compare_paired(samples[EAGER, size], values) if EAGER in encoders and name != EAGER else None
-        for (name, size), values in samples.items()
-    }
+        accelerator = describe_accelerator(parse_device(how["device"]))
+    made = make_record(
+        opened,
+        samples,
+        environment=environment,
+        device=how["device"],
+        accelerator=accelerator,
+        conditions=conditions,
+        threads=threads,
+        numerics=how["numerics"],
+        graph=how["graph"],
+        allow_fallback=how["allow_fallback"],
+        warmup=warmup,
+        iterations=iterations,
+        adaptive=adaptive,
+        not_run=not_run,
+        seconds=time.monotonic() - start,
+    )
+    beside = None if old is None else compare_records(old, made, str(against))
+    if record is not None:
+        write_file(record, (encode_record(made) + "\n").encode())
+    if csv is not None:
+        write_file(csv, encode_csv(made).encode())
     if as_json:
-        return print_json(
-            {
-                "record": "bench",
-                "artifact": str(opened.path),
-                "digest": opened.digest,
-                "weights": to_json(opened.manifest.provenance.weights),
-                "environment": describe_environment(),
-                "device": how["device"],
-                "conditions": {name: to_json(report) for name, report in conditions.items()},
-                "threads": used_threads,
-                "warmup": warmup,
-                "rows": [
-                    {
-                        "backend": name,
-                        "batch": size,
-                        **to_json(latency),
-                        "over_eager": to_json(over_eager[name, size]),
-                        "samples_ms": samples[name, size],
-                    }
-                    for (name, size), latency in rows.items()
-                ],
-                "not_run": not_run,
-            }
-        )
+        return click.echo(encode_record(made, beside))
     print_weights(opened.manifest)
-    _print_rows(opened, rows, over_eager, f"{iterations} rounds, {used_threads} threads, on {how['device']}")
+    _print_rows(made)
+    if beside is not None:
+        _print_against(beside)
     print_conditions(conditions)
     for name, reason in not_run.items():
         print_line(f"not run   {name}: {reason}")
+
+
+def _all_narrow(samples: Mapping[str, Sequence[float]]) -> bool:
+    """Whether every backend's speedup over eager is known well enough; never where there is none."""
+    speedups = [
+        is_narrow(compare_paired(samples[EAGER], values), len(values))
+        for name, values in samples.items()
+        if name != EAGER and EAGER in samples
+    ]
+    return bool(speedups) and all(speedups)
+
+
+def _never(_: object) -> bool:
+    return False
 
 
 def _open(
@@ -172,39 +222,55 @@ def _round_bar(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def _print_rows(
-    artifact: Artifact,
-    rows: Mapping[tuple[str, int], Latency],
-    over_eager: Mapping[tuple[str, int], Comparison | None],
-    conditions: str,
-) -> None:
+def _print_rows(record: BenchRecord) -> None:
+    rounds = " and ".join(str(n) for n in sorted({len(row.samples_ms) for row in record.rows}))
     print_table(
-        f"{artifact.manifest.encoder}, a call from numpy to numpy in ms, {conditions}",
+        f"{record.encoder}, a call from numpy to numpy in ms, {rounds} rounds, {record.threads} threads, "
+        f"on {record.device}",
         ("backend", "batch", "median", "iqr", "p90", "p95", "p99", "min", "max", "images/s", "over eager"),
         [
             (
-                name,
-                str(size),
-                f"{r.median_ms:.2f}",
-                f"{r.interquartile_range_ms:.2f}",
-                _or_dash(r.p90_ms),
-                _or_dash(r.p95_ms),
-                _or_dash(r.p99_ms),
-                f"{r.minimum_ms:.2f}",
-                f"{r.maximum_ms:.2f}",
-                f"{r.images_per_second:.1f}",
-                _spell_comparison(over_eager[name, size]),
+                row.backend,
+                str(row.batch),
+                _or_dash(row.latency.median_ms),
+                _or_dash(row.latency.interquartile_range_ms),
+                _or_dash(row.latency.p90_ms),
+                _or_dash(row.latency.p95_ms),
+                _or_dash(row.latency.p99_ms),
+                _or_dash(row.latency.minimum_ms),
+                _or_dash(row.latency.maximum_ms),
+                f"{row.latency.images_per_second:.1f}",
+                _spell_comparison(row.over_eager),
             )
-            for (name, size), r in rows.items()
+            for row in record.rows
         ],
     )
     noisy = [
-        f"{name} batch {size} ({r.interquartile_range_ms / r.median_ms:.0%})"
-        for (name, size), r in rows.items()
-        if r.noisy
+        f"{row.backend} batch {row.batch} ({row.latency.interquartile_range_ms / row.latency.median_ms:.0%})"
+        for row in record.rows
+        if row.latency.noisy
     ]
     if noisy:
         print_line(f"noisy     {', '.join(noisy)}: interquartile range above {NOISY:.0%} of the median", warn=True)
+
+
+def _print_against(against: Against) -> None:
+    print_table(
+        f"medians in ms against {against.old}",
+        ("backend", "batch", "old", "new", "over old"),
+        [
+            (
+                row.backend,
+                str(row.batch),
+                _or_dash(row.old_median_ms),
+                _or_dash(row.new_median_ms),
+                "not judged" if against.refused else _spell_comparison(row.comparison),
+            )
+            for row in against.rows
+        ],
+    )
+    for difference in against.refused:
+        print_line(f"differs   {difference}", warn=True)
 
 
 def _spell_comparison(comparison: Comparison | None) -> str:
