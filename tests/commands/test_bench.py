@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -236,3 +237,40 @@ def test_an_adaptive_run_makes_20_rounds_at_least_and_no_more_than_were_asked_fo
     counts = {len(row["samples_ms"]) for row in record["rows"]}
     assert (record["adaptive"], record["iterations"], len(counts)) == (True, 25, 1)
     assert counts <= set(range(20, 26))
+
+
+def test_a_cold_start_is_timed_in_a_fresh_process_whose_memory_is_its_own(
+    call: Callable[..., Any], tiny_artifact: Path
+) -> None:
+    ballast = np.ones(100_000_000)  # 800 MB, which Linux would count in the peak of a child
+    arguments = ("--backend", "onnx", "--backend", "torchscript", "--cold", "--json")
+    result = call("npu-runtime", "bench", tiny_artifact, *ROUNDS, *arguments)
+    assert result.code == 0
+    assert [(start["backend"], start["batch"]) for start in result.json["cold"]] == [
+        ("onnxruntime", 1),
+        ("torchscript", 1),
+    ]
+    for start in result.json["cold"]:
+        assert min(start[f"{stage}_ms"] for stage in ("import", "load", "first", "steady")) > 0
+        assert start["steady_ms"] < start["load_ms"] + start["first_ms"]
+        assert start["device_peak_nbytes"] is None
+    onnx = result.json["cold"][0]
+    assert 20e6 < onnx["host_peak_nbytes"] < ballast.nbytes
+    files = {path.name: path.stat().st_size for path in tiny_artifact.iterdir()}
+    assert result.json["file_nbytes"] == {
+        "onnxruntime": sum(size for name, size in files.items() if "onnx" in name),
+        "torchscript": files["model.ts"],
+    }
+    assert decode_record(result.out, "stdout").cold[0].backend == "onnxruntime"
+
+
+def test_a_backend_that_does_not_start_afresh_is_told_with_the_reason(
+    call: Callable[..., Any], tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('no kernel here')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    arguments = ("--backend", "onnx", "--backend", "torchscript", "--batch", "4", "--cold")
+    result = call("npu-runtime", "bench", tiny_artifact, *ROUNDS, *arguments)
+    assert result.code == 0
+    assert "one start in a fresh process, batch 4, in ms" in result.out
+    assert "not run   cold start of onnxruntime: no kernel here" in result.out

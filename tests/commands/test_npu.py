@@ -469,12 +469,14 @@ def test_devices_that_are_not_there_are_told_apart(command: Run, artifact: Path)
 
 
 def test_bench_and_embed_run_on_the_npu_and_record_the_conditions(command: Run, artifact: Path, tmp_path: Path) -> None:
-    done = command("bench", artifact, *NPU, "--iterations", "2", "--warmup", "1", "--batch", "1", "--json")
+    done = command("bench", artifact, *NPU, "--iterations", "2", "--warmup", "1", "--batch", "1", "--cold", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(done.stdout)
     assert {row["backend"] for row in record["rows"]} == {"eager", "torchscript"}
     assert {report["numerics"]["numerics"] for report in record["conditions"].values()} == {"strict"}
     assert record["accelerator"]["name"].startswith("Ascend")
+    cold = next(start for start in record["cold"] if start["backend"] == "torchscript")
+    assert cold["host_peak_nbytes"] > cold["device_peak_nbytes"] > 0
     assert record["environment"]["variables"]["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1"
     Image.new("RGB", (40, 30), (200, 10, 60)).save(tmp_path / "a.png")
     output = tmp_path / "features.npy"

@@ -11,14 +11,16 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from npu_runtime.artifact.schema import Precision, Weights
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import GraphChoice, SessionReport
-from npu_runtime.backends.table import EAGER
+from npu_runtime.backends.table import EAGER, FORMATS
+from npu_runtime.bench.cold import ColdStart
 from npu_runtime.bench.statistics import Comparison, Latency, compare_paired, summarise_latency
 from npu_runtime.devices import parse_device
 from npu_runtime.devices.numerics import Numerics
@@ -80,6 +82,12 @@ class BenchRecord:
     rows: tuple[BenchRow, ...]
     not_run: Mapping[str, str]
     """Backend -> why it could not be measured."""
+    file_nbytes: Mapping[str, int]
+    """Backend -> bytes of the artifact's files that it opens for these batch sizes; eager opens none of them."""
+    cold: tuple[ColdStart, ...]
+    """Empty where that was not asked for."""
+    cold_not_run: Mapping[str, str]
+    """Backend -> why it did not start in a fresh process."""
     seconds: float
 
     @property
@@ -104,6 +112,8 @@ def make_record(
     adaptive: bool,
     not_run: Mapping[str, str],
     seconds: float,
+    cold: Sequence[ColdStart] = (),
+    cold_not_run: Mapping[str, str] = MappingProxyType({}),
 ) -> BenchRecord:
     """The record of `samples`, milliseconds by backend and batch size, that were measured here and now."""
     manifest = artifact.manifest
@@ -138,8 +148,21 @@ def make_record(
             for (backend, batch), values in samples.items()
         ),
         not_run=not_run,
+        file_nbytes=_file_nbytes(artifact, samples),
+        cold=tuple(cold),
+        cold_not_run=dict(cold_not_run),
         seconds=seconds,
     )
+
+
+def _file_nbytes(artifact: Artifact, keys: Iterable[tuple[str, int]]) -> dict[str, int]:
+    sizes = {record.file: record.nbytes for record in artifact.manifest.files}
+    opened: dict[str, set[str]] = {}
+    for backend, batch in keys:
+        for program in artifact.manifest.programs:
+            if FORMATS.get(program.format) == backend and program.batch == batch:
+                opened.setdefault(backend, set()).update((program.file, *program.needs))
+    return {backend: sum(sizes[file] for file in files) for backend, files in opened.items()}
 
 
 def encode_record(record: BenchRecord, against: object = None) -> str:

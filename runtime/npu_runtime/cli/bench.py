@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Artifact, open_artifact
 from npu_runtime.backends.table import EAGER, FORMATS, backend_name, backend_names
 from npu_runtime.bench.against import Against, compare_records
+from npu_runtime.bench.cold import STEADY_CALLS, ColdStart, start_cold
 from npu_runtime.bench.measure import measure_latency
 from npu_runtime.bench.records import BenchRecord, encode_csv, encode_record, make_record, read_record
 from npu_runtime.bench.statistics import NOISY, Comparison, compare_paired, is_narrow
@@ -25,6 +26,7 @@ from npu_runtime.cli.console import (
     print_line,
     print_table,
     print_weights,
+    spell_nbytes,
 )
 from npu_runtime.cli.options import artifact_argument, json_option, parse_batches, run_options
 from npu_runtime.devices import cpu_count, parse_device
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="CPU threads for one operator.  [default: cores of this process]",
 )
+@click.option("--cold", is_flag=True, help="Time a start of each backend in a fresh process as well.")
 @click.option(
     "--record", type=click.Path(path_type=Path), metavar="FILE", help="Write the record here as well, as JSON."
 )
@@ -71,6 +74,7 @@ def command(
     iterations: int,
     warmup: int,
     adaptive: bool,
+    cold: bool,
     weights: str | None,
     record: Path | None,
     csv: Path | None,
@@ -90,6 +94,9 @@ def command(
     where 1 is outside of it, the same where all of it is within 2 % of 1, else undecided. With --adaptive a
     batch size ends as soon as, from 20 rounds on, the half width of every interval is below 1 % of its speedup;
     without eager it makes all of its rounds.
+
+    With --cold each backend is started once more in a process of its own, at the smallest batch size: importing,
+    loading, the first call and the steady ones, with the peak of the memory.
 
     With --against the medians stand beside those of an older record, over which the verdict is the ratio of the
     medians with an interval for runs that were not made together. Nothing is judged where the machine, the
@@ -126,6 +133,7 @@ def command(
             )
         conditions = {name: encoder.report() for name, encoder in encoders.items()}
         accelerator = describe_accelerator(parse_device(how["device"]))
+    cold_starts, cold_not_run = _start_cold(opened, encoders, min(batches), weights, how) if cold else ([], {})
     made = make_record(
         opened,
         samples,
@@ -141,6 +149,8 @@ def command(
         iterations=iterations,
         adaptive=adaptive,
         not_run=not_run,
+        cold=cold_starts,
+        cold_not_run=cold_not_run,
         seconds=time.monotonic() - start,
     )
     beside = None if old is None else compare_records(old, made, str(against))
@@ -154,6 +164,10 @@ def command(
     _print_rows(made)
     if beside is not None:
         _print_against(beside)
+    if made.cold:
+        _print_cold(made)
+    for name, reason in made.cold_not_run.items():
+        print_line(f"not run   cold start of {name}: {reason}")
     print_conditions(conditions)
     for name, reason in not_run.items():
         print_line(f"not run   {name}: {reason}")
@@ -213,6 +227,22 @@ def _open(
     return encoders, not_run
 
 
+def _start_cold(
+    artifact: Artifact, backends: Iterable[str], batch: int, weights: str | None, how: RunOptions
+) -> tuple[list[ColdStart], dict[str, str]]:
+    """A start of each backend, one after the other, and the reasons of those that failed."""
+    starts: list[ColdStart] = []
+    not_run: dict[str, str] = {}
+    steps = StepProgress()
+    for name in backends:
+        try:
+            with steps.step(f"start {name} in a fresh process"):
+                starts.append(start_cold(str(artifact.path), name, batch, weights if name == EAGER else None, how))
+        except Error as error:
+            not_run[name] = error.got or error.what
+    return starts, not_run
+
+
 @contextlib.contextmanager
 def _round_bar(total: int) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("measure"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"), TimeRemainingColumn())
@@ -252,6 +282,30 @@ def _print_rows(record: BenchRecord) -> None:
     ]
     if noisy:
         print_line(f"noisy     {', '.join(noisy)}: interquartile range above {NOISY:.0%} of the median", warn=True)
+
+
+def _print_cold(record: BenchRecord) -> None:
+    print_table(
+        f"one start in a fresh process, batch {record.cold[0].batch}, in ms; steady after {STEADY_CALLS} calls",
+        ("backend", "import", "load", "first", "steady", "host peak", "device peak", "files"),
+        [
+            (
+                start.backend,
+                f"{start.import_ms:.0f}",
+                f"{start.load_ms:.0f}",
+                f"{start.first_ms:.1f}",
+                f"{start.steady_ms:.1f}",
+                _size_or_dash(start.host_peak_nbytes),
+                _size_or_dash(start.device_peak_nbytes),
+                _size_or_dash(record.file_nbytes.get(start.backend)),
+            )
+            for start in record.cold
+        ],
+    )
+
+
+def _size_or_dash(nbytes: int | None) -> str:
+    return "-" if nbytes is None else spell_nbytes(nbytes)
 
 
 def _print_against(against: Against) -> None:
