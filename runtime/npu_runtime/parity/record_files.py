@@ -7,13 +7,12 @@ Versions of the schema:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from npu_runtime.errors import Error
 from npu_runtime.parity.records import ParityRecord
-from npu_runtime.structured import Reader, to_json
+from npu_runtime.structured import Reader, read_header, to_json
 
 SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 0
@@ -40,23 +39,11 @@ def read_record(path: str | Path) -> ParityRecord:
 
 def decode_record(text: str, where: str) -> ParityRecord:
     """The record in `text`, read from `where`; see `read_record`."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Error("the record is not JSON", where=where, got=error) from error
-    version = document.get("schema") if isinstance(document, dict) and document.get("record") == "parity" else None
-    match = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
-    if match is None or int(match[1]) != SCHEMA_MAJOR:
-        raise Error(
-            "this is no parity record that this version reads",
-            where=where,
-            expected=f'"record": "parity" of schema {SCHEMA_MAJOR}.x',
-            got=f"schema {version}" if match else text[:80],
-            hint="pass what npu-runtime parity or verify wrote; upgrade npu-export to read a newer one",
-        )
+    hint = "pass what npu-runtime parity or verify wrote; upgrade npu-export to read a newer one"
+    document, minor = read_header(text, where, record="parity", major=SCHEMA_MAJOR, hint=hint)
     body = {name: value for name, value in document.items() if name not in BESIDE}
     reader = Reader("the record", where, "the file was edited or damaged; run it again", Error, allow_not_finite=True)
-    return reader.decode(ParityRecord, body, lenient=int(match[2]) > SCHEMA_MINOR)
+    return reader.decode(ParityRecord, body, lenient=minor > SCHEMA_MINOR)
 
 
 def differences(one: ParityRecord, other: ParityRecord) -> tuple[str, ...]:
