@@ -274,3 +274,14 @@ def test_a_backend_that_does_not_start_afresh_is_told_with_the_reason(
     assert result.code == 0
     assert "one start in a fresh process, batch 4, in ms" in result.out
     assert "not run   cold start of onnxruntime: no kernel here" in result.out
+
+
+def test_a_noisy_row_is_shown_and_labelled(
+    call: Callable[..., Any], tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npu_runtime.bench.statistics.NOISY", 0.0)
+    result = call("npu-runtime", "bench", tiny_artifact, *ROUNDS, "--backend", "onnx", "--batch", "1")
+    (line,) = [line for line in result.out.splitlines() if line.startswith("noisy")]
+    assert line.startswith("noisy     onnxruntime batch 1 (")
+    assert " %): interquartile range above " in line
+    assert "\nonnxruntime" in result.out
