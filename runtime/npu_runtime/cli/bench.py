@@ -276,12 +276,14 @@ def _print_rows(record: BenchRecord) -> None:
         ],
     )
     noisy = [
-        f"{row.backend} batch {row.batch} ({row.latency.interquartile_range_ms / row.latency.median_ms:.0%})"
+        f"{row.backend} batch {row.batch} ({100 * row.latency.interquartile_range_ms / row.latency.median_ms:.0f} %)"
         for row in record.rows
         if row.latency.noisy
     ]
     if noisy:
-        print_line(f"noisy     {', '.join(noisy)}: interquartile range above {NOISY:.0%} of the median", warn=True)
+        print_line(
+            f"noisy     {', '.join(noisy)}: interquartile range above {100 * NOISY:.0f} % of the median", warn=True
+        )
 
 
 def _print_cold(record: BenchRecord) -> None:
