@@ -106,15 +106,28 @@ def test_a_moved_artifact_is_verified_without_the_exporters_packages(moved_artif
     run = run_blocked(EXPORTER_PACKAGES, "npu-runtime", "verify", moved_artifact, "--json")
     assert run.returncode == 0, run.stderr
     record = json.loads(run.stdout)
-    assert {row["backend"] for row in record["programs"]} == {"torchscript", "onnxruntime"}
-    assert (record["passed"], record["not_run"]) == (True, {})
+    assert {(step["backend"], step["status"]) for step in record["steps"]} == {
+        ("torchscript", "passed"),
+        ("onnxruntime", "passed"),
+    }
+    assert record["passed"] is True
+
+
+def test_the_ladder_without_the_exporters_packages_answers_to_the_stored_reference(moved_artifact: Path) -> None:
+    run = run_blocked(EXPORTER_PACKAGES, "npu-runtime", "parity", moved_artifact, "--json")
+    assert run.returncode == 0, run.stderr
+    assert [(step["backend"], step["status"]) for step in json.loads(run.stdout)["steps"]] == [
+        ("eager", "not run"),
+        ("torchscript", "passed"),
+        ("onnxruntime", "passed"),
+    ]
 
 
 def test_without_torch_verify_lists_torchscript_as_not_run(moved_artifact: Path) -> None:
     blocked = (*EXPORTER_PACKAGES, "torch")
     run = run_blocked(blocked, "npu-runtime", "verify", moved_artifact)
     assert run.returncode == 0, run.stderr
-    assert "not run   torchscript: the backend torchscript needs the package torch" in run.stdout
+    assert "not run   torchscript fp32 on cpu: the backend torchscript needs the package torch" in run.stdout
     assert run.stdout.endswith("parity passed\n")
     named = run_blocked(blocked, "npu-runtime", "verify", moved_artifact, "--backend", "torchscript", "--json")
     assert named.returncode == 4

@@ -72,8 +72,8 @@ def command(artifact: str, backend: str | None, as_json: bool, **how: Unpack[Run
     if as_json:
         click.echo(encode_record(record, error))
     else:
+        print_line(f"files     {len(opened.manifest.files)}, each as recorded")
         print_parity(record, details=False)
-        print_line(f"{len(opened.manifest.files)} files as recorded")
     if error is not None:
         print_error(error)
         click.get_current_context().exit(error.exit_code)
