@@ -30,6 +30,7 @@ from npu_runtime.devices import CPU
 from npu_runtime.environment import VARIABLES, AcceleratorRecord, describe_accelerator, describe_environment
 
 BACKENDS = ("eager", "torchscript", "onnxruntime")
+RECORDS = Path(__file__).parents[1] / "data" / "records"
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,14 @@ def test_a_record_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_bytes(b"\xff\xfe")
     with pytest.raises(Error, match="no text"):
         read_record(tmp_path / "r.json")
+
+
+def test_a_record_of_schema_1_0_is_read_as_one_without_what_came_later() -> None:
+    old = read_record(RECORDS / "bench-1.0.json")
+    assert [(row.backend, len(row.samples_ms)) for row in old.rows] == [(name, 8) for name in BACKENDS]
+    assert all(row.stages is None for row in old.rows)
+    assert (old.throughput, old.load_seconds, old.partial) == ((), None, False)
+    assert [start.backend for start in old.cold] == ["torchscript", "onnxruntime"]
 
 
 def delete(document: dict[str, Any]) -> object:

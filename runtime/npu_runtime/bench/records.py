@@ -2,6 +2,7 @@
 
 Versions of the schema:
     1.0  first.
+    1.1  stages of rows on accelerators, throughput under load, and records of runs that were interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import MappingProxyType
 
 from npu_runtime.artifact.schema import Precision, Weights
 from npu_runtime.artifact.store import Artifact
-from npu_runtime.backends.base import GraphChoice, SessionReport
+from npu_runtime.backends.base import GraphChoice, SessionReport, StageTimes
 from npu_runtime.backends.table import EAGER, FORMATS
 from npu_runtime.bench.cold import ColdStart
 from npu_runtime.bench.statistics import Comparison, Latency, compare_paired, summarise_latency
@@ -29,11 +30,22 @@ from npu_runtime.errors import Error
 from npu_runtime.structured import Reader, read_header, to_json
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 0
+SCHEMA_MINOR = 1
 
 BESIDE = ("record", "schema", "against")
 """Fields of the document that are no figures of the run."""
 CSV_COLUMNS = ("backend", "batch", "round", "latency_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Medians over rounds of their own, on the device's clock, on which waiting for the host counts as well."""
+
+    transfer_in_ms: float
+    compute_ms: float
+    transfer_out_ms: float
+    samples: tuple[StageTimes, ...] = ()
+    """By round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +59,27 @@ class BenchRow:
     """Paired by rounds; None for eager itself and where it was not run."""
     samples_ms: tuple[float, ...]
     """By round, which is the same of every backend at this batch size."""
+    stages: Stages | None = None
+    """None on the CPU, and of backends that cannot tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRow:
+    """One backend at one batch size under the load of a number of callers, each with one call in flight."""
+
+    backend: str
+    batch: int
+    callers: int
+    seconds: float
+    """What was measured, warm-up apart."""
+    calls: int
+    """That ended in it."""
+    images_per_second: float
+    """Batch size times calls over seconds."""
+    latency: Latency
+    """Of these calls; a call's own images a second are `latency.images_per_second`."""
+    samples_ms: tuple[float, ...]
+    """In the order in which the calls ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +122,16 @@ class BenchRecord:
     cold_not_run: Mapping[str, str]
     """Backend -> why it did not start in a fresh process."""
     seconds: float
+    throughput: tuple[LoadRow, ...] = ()
+    """Empty where that was not asked for."""
+    load_seconds: float | None = None
+    """What each of `throughput` was to be measured for; None where that was not asked for."""
+    partial: bool = False
+    """Whether the run was interrupted: what was measured until then stands, whole rounds and whole loads only."""
 
     @property
     def batches(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(row.batch for row in self.rows))
+        return tuple(dict.fromkeys([row.batch for row in self.rows] + [row.batch for row in self.throughput]))
 
 
 def make_record(
