@@ -48,8 +48,9 @@ def load(
 
     `backend` is `onnxruntime` (or `onnx`), `torchscript`, or one that another package adds, such as
     `eager`; without it, ONNX on the CPU where the artifact holds it, else TorchScript. `batches`
-    keeps to some of the frozen batch sizes. `threads` sets the CPU threads of one operator; for torch
-    it is a setting of the whole process. `weights` says where the checkpoint lies now, for `eager`.
+    keeps to some of the frozen batch sizes. `threads` sets the CPU threads of one operator, which for torch is a
+    setting of the whole process; without it the backend chooses, and no more than the cores that the process may
+    use, limits of its cgroups included. `weights` says where the checkpoint lies now, for `eager`.
 
     `numerics` is `strict`, float32 as float32 and GELU exact, or `fast`, the device's shortcuts; torch's are
     settings of the process, held while the encoder is open. `graph` replays captured graphs on an accelerator:

@@ -12,6 +12,7 @@ from npu_runtime.devices import Device, cpu_count
 
 PACKAGES = ("torch", "torch-npu", "timm", "onnxruntime", "numpy")
 VARIABLES = (
+    "PYTHON_CPU_COUNT",
     "OMP_NUM_THREADS",
     "OMP_PROC_BIND",
     "OMP_WAIT_POLICY",

@@ -32,12 +32,18 @@ def array_from_tensor(tensor: torch.Tensor) -> Array:
     return array if array.flags.c_contiguous and tensor.untyped_storage().nbytes() == array.nbytes else array.copy()
 
 
-def set_threads(threads: int | None) -> None:
-    """Set torch's threads for one operator, which is a setting of the whole process; None leaves it."""
+def set_threads(threads: int | None, cores: int) -> None:
+    """Set torch's threads for one operator, which is a setting of the whole process.
+
+    None leaves them as torch or the user set them, unless they are more than the `cores` that it may use: torch
+    heeds OMP_NUM_THREADS and the affinity, and no cgroup's quota.
+    """
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
+    elif torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
 
 
 @contextlib.contextmanager

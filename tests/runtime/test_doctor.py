@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from npu_runtime.devices.device import CPU, Device, cpu_count
+from npu_runtime.devices.cores import cpu_count
+from npu_runtime.devices.device import CPU, Device
 from npu_runtime.devices.doctor import ascend, packages, variables, visible
 from npu_runtime.devices.doctor.check import Check, VariableCheck, release
 from npu_runtime.devices.doctor.machine import Machine, Package

@@ -27,7 +27,7 @@ class Options:
     batches: tuple[int, ...]
     """The batch sizes to open, all of them frozen in the artifact."""
     threads: int | None = None
-    """CPU threads for one operator; None leaves the backend's own choice."""
+    """CPU threads for one operator; None leaves the backend's choice, within the cores that the process may use."""
     weights: str | None = None
     """Where the checkpoint lies now, for backends that rebuild the network; None as recorded."""
     numerics: Numerics = "strict"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from npu_runtime.backends.base import Options, missing_package, unreadable_program
 from npu_runtime.backends.onnx_bytes import with_outputs
 from npu_runtime.devices import Device
+from npu_runtime.devices.cores import threads_within_cores
 from npu_runtime.devices.device import KINDS
 from npu_runtime.devices.numerics import Numerics
 from npu_runtime.errors import ArtifactError, UnavailableError
@@ -97,8 +98,10 @@ class SessionOpener:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; they are raised as well
-        if self.options.threads is not None:
-            options.intra_op_num_threads = self.options.threads
+        # By itself it starts a thread for each physical core of the machine, and heeds neither affinity nor quota.
+        threads = self.options.threads or threads_within_cores()
+        if threads is not None:
+            options.intra_op_num_threads = threads
         provider = self.device.traits.provider
         providers: list[object] = [provider]
         if self.device.kind != "cpu":

@@ -12,7 +12,7 @@ from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import Array, Options, missing_package, programs_of
 from npu_runtime.backends.probed import Place, ProbedCall, Value
 from npu_runtime.backends.torchscript import open_entry_points
-from npu_runtime.devices import Device
+from npu_runtime.devices import Device, cpu_count
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import ArtifactError, UnavailableError
@@ -43,7 +43,7 @@ class ProbedTorchScript:
                 hint="look into the ONNX program, or use another torch",
             )
         programs = programs_of(artifact, "torchscript", options)
-        set_threads(options.threads)
+        set_threads(options.threads, cpu_count())
         self._device = device
         self._outputs = [output.name for output in artifact.manifest.outputs]
         self._path = artifact.path / programs[0].file

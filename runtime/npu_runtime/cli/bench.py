@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="CPU threads for one operator.  [default: cores of this process]",
+    help="CPU threads for one operator.  [default: the cores of this process, limits of cgroups included]",
 )
 @click.option("--cold", is_flag=True, help="Time a start of each backend in a fresh process as well.")
 @click.option(

@@ -18,7 +18,7 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="CPU threads for one operator.  [default: the backend's choice]",
+    help="CPU threads for one operator.  [default: the backend's choice, within the cores of this process]",
 )
 numerics_option = click.option(
     "--numerics",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
@@ -62,10 +61,3 @@ def parse_device(text: str) -> Device:
         raise UsageError("unknown device", expected="cpu, cuda:N or npu:N", got=repr(text))
     cpu, kind, index = match.groups()
     return CPU if cpu else Device(kind, int(index or 0))
-
-
-def cpu_count() -> int:
-    """Cores that this process may use, which a container or taskset may have made fewer."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from npu_runtime.devices.device import cpu_count
+from npu_runtime.devices.cores import cpu_count
 from npu_runtime.devices.doctor.check import Check, VariableCheck, Verdict
 from npu_runtime.devices.doctor.machine import Machine
 from npu_runtime.devices.torch_import import SET_ENVIRONMENT

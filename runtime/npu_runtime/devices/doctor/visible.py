@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from npu_runtime.devices.device import CPU, KINDS, Device, cpu_count
+from npu_runtime.devices.cores import cpu_count
+from npu_runtime.devices.device import CPU, KINDS, Device
 from npu_runtime.devices.doctor.ascend import CONTAINER
 from npu_runtime.devices.doctor.check import Check, Verdict
 from npu_runtime.devices.doctor.machine import Machine
