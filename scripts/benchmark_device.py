@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 from benchmark import TIMM_NAMES
 
 from npu_export import export
 from npu_runtime import Encoder, load
 from npu_runtime.artifact.store import open_artifact
-from npu_runtime.bench.measure import measure_latency
+from npu_runtime.bench.measure import measure_latency, measure_stages
 from npu_runtime.devices import parse_device
 from npu_runtime.devices.accelerator import Accelerator
 from npu_runtime.devices.probe import probe_device
@@ -123,14 +122,10 @@ def open_all(
 def time_all(encoders: dict[str, Encoder], precision: str, batches: Sequence[int], rounds: int) -> Iterator[Timing]:
     """Each way at each batch size, round by round in turn."""
     samples = measure_latency(encoders, batches, iterations=rounds, warmup=5)
+    times = measure_stages(encoders, batches, rounds=rounds)
     for batch in batches:
-        pixel_values = np.random.default_rng(1).standard_normal(
-            encoders["eager"].manifest.inputs[0].of_batch(batch), np.float32
-        )
         for way, encoder in encoders.items():
-            name = encoder.manifest.outputs[0].name
-            stages = [encoder._session.time_stages(pixel_values, [name]) for _ in range(rounds)]  # type: ignore[union-attr]
-            calls = samples[way, batch]
+            calls, stages = samples[way, batch], times[way, batch]
             yield Timing(
                 encoder.manifest.encoder,
                 precision,

@@ -17,7 +17,7 @@ from npu_runtime.errors import InputError, ProgramError, UsageError
 if TYPE_CHECKING:
     from npu_runtime.artifact.schema import Manifest
     from npu_runtime.artifact.store import Artifact
-    from npu_runtime.backends.base import Array, GraphChoice, Session, SessionReport
+    from npu_runtime.backends.base import Array, GraphChoice, Session, SessionReport, StageTimes
     from npu_runtime.devices import Device
     from npu_runtime.devices.numerics import Numerics
 
@@ -134,9 +134,7 @@ class Encoder:
         """
         names = tuple(self._outputs) if outputs is None else tuple(outputs)
         self._check(pixel_values, names)
-        session = self._session
-        if session is None:
-            raise UsageError("the encoder is closed", hint="load it again")
+        session = self._opened()
         count = len(pixel_values)
         plan = plan_batches(count, self.batches)
         if plan == (count,):
@@ -173,11 +171,25 @@ class Encoder:
         ]
         return np.concatenate(parts) if parts else self(np.empty((0, *self._shape), np.float32))
 
+    def time_stages(self, pixel_values: Array) -> StageTimes | None:
+        """Transfer in, compute and transfer out of a call for the first output, on the device's own clock.
+
+        None where they cannot be told apart: on the CPU, and of onnxruntime. `pixel_values` are as many as one of
+        `batches`, since a call that is split has several of each.
+        """
+        name = self.manifest.outputs[0].name
+        self._check(pixel_values, (name,))
+        if len(pixel_values) not in self.batches:
+            raise UsageError(
+                "the stages of one program are timed",
+                expected=f"as many images as {', '.join(map(str, self.batches))}",
+                got=len(pixel_values),
+            )
+        return self._opened().time_stages(np.ascontiguousarray(pixel_values), (name,))
+
     def report(self) -> SessionReport:
         """The conditions it runs under. Raises ProgramError when something in the process changed them since."""
-        if self._session is None:
-            raise UsageError("the encoder is closed", hint="load it again")
-        return self._session.report()
+        return self._opened().report()
 
     def close(self) -> None:
         """Release the session's memory; the encoder cannot run afterwards."""
@@ -190,6 +202,12 @@ class Encoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _opened(self) -> Session:
+        session = self._session
+        if session is None:
+            raise UsageError("the encoder is closed", hint="load it again")
+        return session
 
     def _run_batch(self, session: Session, pixel_values: Array, size: int, names: Sequence[str]) -> list[Array]:
         """One program run; rows beyond the images are zero and their outputs mean nothing."""

@@ -10,13 +10,17 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 from npu_runtime.errors import Error
 
 T = TypeVar("T")
 
 NOT_FINITE = ("nan", "inf", "-inf")
+DAMAGED = "the file was edited or damaged; run it again"
+"""What to do about a record that is not as it was written."""
 
 
 def to_json(value: Any) -> Any:
@@ -32,15 +36,27 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def read_record_text(path: str | Path) -> str:
+    """The text of a record's file; raises Error when it is none."""
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise Error("the record is no text", where=path, got=error) from error
+
+
+def read_record_name(text: str, where: str) -> str | None:
+    """What kind of record a text says that it is; None where it does not. Raises Error when it is no JSON."""
+    document = _parse_record(text, where)
+    name = document.get("record") if isinstance(document, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def read_header(text: str, where: str, *, record: str, major: int, hint: str) -> tuple[dict[str, Any], int]:
     """A JSON document that begins with `"record": record` and `"schema": "MAJOR.MINOR"`, and its minor version.
 
     Raises Error for what is no such document or of another major version.
     """
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Error("the record is not JSON", where=where, got=error) from error
+    document = _parse_record(text, where)
     version = document.get("schema") if isinstance(document, dict) and document.get("record") == record else None
     match = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
     if match is None or int(match[1]) != major:
@@ -52,6 +68,41 @@ def read_header(text: str, where: str, *, record: str, major: int, hint: str) ->
             hint=hint,
         )
     return document, int(match[2])
+
+
+def _parse_record(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Error("the record is not JSON", where=where, got=error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSchema(Generic[T]):
+    """How a kind of record is written as JSON and read again on any machine."""
+
+    name: str
+    kind: type[T]
+    major: int
+    minor: int
+    beside: tuple[str, ...]
+    """Fields that documents may have beside the record's own: how the command ended, what it was compared with."""
+    made_by: str
+    """The commands that write it, for messages."""
+
+    def encode(self, record: T, beside: Mapping[str, object] = MappingProxyType({})) -> str:
+        """The record as indented JSON, header first and what stands beside it last."""
+        header = {"record": self.name, "schema": f"{self.major}.{self.minor}"}
+        document = {**header, **to_json(record), **to_json(beside)}
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+    def decode(self, text: str, where: str) -> T:
+        """The record in `text`, read from `where`; raises Error when it is none, damaged, or of a newer major."""
+        hint = f"pass what {self.made_by} wrote; upgrade npu-export to read a newer one"
+        document, minor = read_header(text, where, record=self.name, major=self.major, hint=hint)
+        body = {name: value for name, value in document.items() if name not in ("record", "schema", *self.beside)}
+        reader = Reader("the record", where, DAMAGED, Error, allow_not_finite=True)
+        return reader.decode(self.kind, body, lenient=minor > self.minor)
 
 
 @dataclass(frozen=True, slots=True)

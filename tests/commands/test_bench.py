@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from npu_runtime.artifact.store import open_artifact
-from npu_runtime.bench.records import decode_record, read_record
+from npu_runtime.bench.record_files import decode_record, read_record
 from npu_runtime.devices import cpu_count
 
 ROUNDS = ("--iterations", "3", "--warmup", "1")

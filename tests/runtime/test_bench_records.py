@@ -15,16 +15,15 @@ from npu_runtime import Error
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.backends.base import GraphReport, SessionReport
 from npu_runtime.bench.against import compare_records, differences
-from npu_runtime.bench.records import (
+from npu_runtime.bench.record_files import (
     SCHEMA_MAJOR,
     SCHEMA_MINOR,
-    BenchRecord,
     decode_record,
     encode_csv,
     encode_record,
-    make_record,
     read_record,
 )
+from npu_runtime.bench.records import BenchRecord, make_record
 from npu_runtime.bench.statistics import summarise_latency
 from npu_runtime.devices import CPU
 from npu_runtime.environment import VARIABLES, AcceleratorRecord, describe_accelerator, describe_environment

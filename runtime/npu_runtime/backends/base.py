@@ -66,7 +66,7 @@ class SessionReport:
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Milliseconds of one call on the device's clock."""
+    """Milliseconds of one call on the device's clock, on which waiting for the host counts as well."""
 
     transfer_in_ms: float
     compute_ms: float
@@ -81,6 +81,10 @@ class Session(Protocol):
 
         Arrays belong to the caller. Shapes are the manifest's; the values are not checked here.
         """
+        ...
+
+    def time_stages(self, pixel_values: Array, outputs: Sequence[str]) -> StageTimes | None:
+        """The stages of a call as `run` makes it; None where they cannot be told apart."""
         ...
 
     def report(self) -> SessionReport:

@@ -87,7 +87,11 @@ class DeviceProgram:
         return [host.numpy().copy() for host in hosts]
 
     def time_stages(self, pixel_values: Array, wanted: Sequence[int]) -> StageTimes:
-        """Milliseconds of one run on the device's own clock: transfer in, compute, transfer out."""
+        """Milliseconds of one run on the device's own clock.
+
+        The transfer in holds the host's copy into pinned memory, for which the device waits; the arrays that
+        `run` makes for the caller in the end are in none of the stages.
+        """
         with self.accelerator.current(), torch.inference_mode():
             events = [self.accelerator.event() for _ in range(4)]
             events[0].record()

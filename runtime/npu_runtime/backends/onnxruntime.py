@@ -58,6 +58,10 @@ class OnnxRuntimeSession:
         results: list[Array] = session.run(outputs, {self._input: pixel_values})
         return results
 
+    def time_stages(self, pixel_values: Array, outputs: Sequence[str]) -> None:
+        """None: a run of onnxruntime is one call, transfers inside."""
+        return None
+
     def report(self) -> SessionReport:
         chosen = self._opener.provider_options()
         numerics = {f"{self._device.traits.provider}.{name}": value for name, value in chosen.items()}

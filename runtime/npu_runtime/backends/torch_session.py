@@ -107,8 +107,10 @@ class TorchSession:
         self._check_results(results, batch)
         return [array_from_tensor(results[index]) for index in wanted]
 
-    def time_stages(self, pixel_values: Array, outputs: Sequence[str]) -> StageTimes:
-        """Time one call on an accelerator, its transfers apart."""
+    def time_stages(self, pixel_values: Array, outputs: Sequence[str]) -> StageTimes | None:
+        """The stages of a call on an accelerator; None on the CPU, which has one."""
+        if self._device.kind == "cpu":
+            return None
         with self._on_device(len(pixel_values)) as program:
             return program.time_stages(pixel_values, [self._names.index(name) for name in outputs])
 

@@ -1,20 +1,10 @@
-"""What a benchmark measured, with every sample, as data that another machine can read.
-
-Versions of the schema:
-    1.0  first.
-    1.1  stages of rows on accelerators, throughput under load, and records of runs that were interrupted.
-"""
+"""What a benchmark measured, with every sample."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 from npu_runtime.artifact.schema import Precision, Weights
@@ -23,18 +13,12 @@ from npu_runtime.backends.base import GraphChoice, SessionReport, StageTimes
 from npu_runtime.backends.table import EAGER, FORMATS
 from npu_runtime.bench.cold import ColdStart
 from npu_runtime.bench.statistics import Comparison, Latency, compare_paired, summarise_latency
+from npu_runtime.bench.throughput import Load
 from npu_runtime.devices import parse_device
 from npu_runtime.devices.numerics import Numerics
 from npu_runtime.environment import AcceleratorRecord
-from npu_runtime.errors import Error
-from npu_runtime.structured import Reader, read_header, to_json
 
-SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 1
-
-BESIDE = ("record", "schema", "against")
-"""Fields of the document that are no figures of the run."""
-CSV_COLUMNS = ("backend", "batch", "round", "latency_ms")
+STAGES = tuple(stage.name for stage in fields(StageTimes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +44,7 @@ class BenchRow:
     samples_ms: tuple[float, ...]
     """By round, which is the same of every backend at this batch size."""
     stages: Stages | None = None
-    """None on the CPU, and of backends that cannot tell."""
+    """None on the CPU, of backends that cannot tell, and where the run was interrupted before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +111,7 @@ class BenchRecord:
     load_seconds: float | None = None
     """What each of `throughput` was to be measured for; None where that was not asked for."""
     partial: bool = False
-    """Whether the run was interrupted: what was measured until then stands, whole rounds and whole loads only."""
+    """Whether the run was interrupted: what was measured until then stands, in whole rounds and slices."""
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -153,8 +137,14 @@ def make_record(
     seconds: float,
     cold: Sequence[ColdStart] = (),
     cold_not_run: Mapping[str, str] = MappingProxyType({}),
+    stages: Mapping[tuple[str, int], Sequence[StageTimes]] = MappingProxyType({}),
+    loads: Mapping[tuple[str, int, int], Load] = MappingProxyType({}),
+    load_seconds: float | None = None,
+    partial: bool = False,
 ) -> BenchRecord:
-    """The record of `samples`, milliseconds by backend and batch size, that were measured here and now."""
+    """The record of what was measured here and now: `samples` in milliseconds and `stages` by backend and batch size,
+    `loads` by callers as well. What has no sample has no row.
+    """
     manifest = artifact.manifest
     return BenchRecord(
         artifact=str(artifact.path),
@@ -183,15 +173,37 @@ def make_record(
                 if backend != EAGER and (EAGER, batch) in samples
                 else None,
                 tuple(values),
+                _summarise_stages(stages[backend, batch]) if (backend, batch) in stages else None,
             )
             for (backend, batch), values in samples.items()
+            if values
         ),
         not_run=not_run,
-        file_nbytes=_file_nbytes(artifact, samples),
+        file_nbytes=_file_nbytes(artifact, {(key[0], key[1]) for key in (*samples, *loads)}),
         cold=tuple(cold),
         cold_not_run=dict(cold_not_run),
         seconds=seconds,
+        throughput=tuple(
+            LoadRow(
+                backend,
+                batch,
+                callers,
+                load.seconds,
+                len(load.latencies_ms),
+                batch * len(load.latencies_ms) / load.seconds,
+                summarise_latency(load.latencies_ms, batch),
+                tuple(load.latencies_ms),
+            )
+            for (backend, batch, callers), load in loads.items()
+        ),
+        load_seconds=load_seconds,
+        partial=partial,
     )
+
+
+def _summarise_stages(samples: Sequence[StageTimes]) -> Stages:
+    medians = (statistics.median(getattr(times, stage) for times in samples) for stage in STAGES)
+    return Stages(*medians, tuple(samples))
 
 
 def _file_nbytes(artifact: Artifact, keys: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -202,72 +214,3 @@ def _file_nbytes(artifact: Artifact, keys: Iterable[tuple[str, int]]) -> dict[st
             if FORMATS.get(program.format) == backend and program.batch == batch:
                 opened.setdefault(backend, set()).update((program.file, *program.needs))
     return {backend: sum(sizes[file] for file in files) for backend, files in opened.items()}
-
-
-def encode_record(record: BenchRecord, against: object = None) -> str:
-    """The record as indented JSON, and beside it how it compares with another."""
-    beside = {} if against is None else {"against": to_json(against)}
-    document = {"record": "bench", "schema": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}", **to_json(record), **beside}
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def encode_csv(record: BenchRecord) -> str:
-    """The samples, one a line under CSV_COLUMNS, each number with all of its digits; rounds count from 0."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in record.rows:
-        writer.writerows((row.backend, row.batch, index, value) for index, value in enumerate(row.samples_ms))
-    return text.getvalue()
-
-
-def read_record(path: str | Path) -> BenchRecord:
-    """The record in a file, wherever it was made.
-
-    Raises Error when it is none, of a newer major schema, or damaged: a wrong field, or figures that are not
-    those of its samples.
-    """
-    try:
-        text = Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise Error("the record is no text", where=path, got=error) from error
-    return decode_record(text, str(path))
-
-
-def decode_record(text: str, where: str) -> BenchRecord:
-    """The record in `text`, read from `where`; see `read_record`."""
-    hint = "pass what npu-runtime bench wrote; upgrade npu-export to read a newer one"
-    document, minor = read_header(text, where, record="bench", major=SCHEMA_MAJOR, hint=hint)
-    body = {name: value for name, value in document.items() if name not in BESIDE}
-    hint = "the file was edited or damaged; run it again"
-    reader = Reader("the record", where, hint, Error, allow_not_finite=True)
-    record = reader.decode(BenchRecord, body, lenient=minor > SCHEMA_MINOR)
-    seen: set[tuple[str, int]] = set()
-    for index, row in enumerate(record.rows):
-        amiss = _amiss(row)
-        if (row.backend, row.batch) in seen:
-            amiss = f"a second row of {row.backend} batch {row.batch}"
-        if amiss is not None:
-            raise Error(
-                f"the record has wrong figures at rows[{index}]",
-                where=where,
-                expected="positive latencies, and statistics that are theirs",
-                got=amiss,
-                hint=hint,
-            )
-        seen.add((row.backend, row.batch))
-    return record
-
-
-def _amiss(row: BenchRow) -> str | None:
-    """What in a row cannot have been measured; None where nothing."""
-    if not row.samples_ms:
-        return "no samples"
-    if not all(0 < value < math.inf for value in row.samples_ms):
-        return f"a latency of {next(v for v in row.samples_ms if not 0 < v < math.inf)} ms"
-    if row.latency.samples != len(row.samples_ms):
-        return f"{row.latency.samples} samples said to be, {len(row.samples_ms)} present"
-    median = statistics.median(row.samples_ms)
-    if not math.isclose(row.latency.median_ms, median, rel_tol=1e-9):
-        return f"median_ms {row.latency.median_ms}, of the samples {median}"
-    return None

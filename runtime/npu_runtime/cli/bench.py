@@ -17,7 +17,8 @@ from npu_runtime.backends.table import EAGER, FORMATS, backend_name, backend_nam
 from npu_runtime.bench.against import Against, compare_records
 from npu_runtime.bench.cold import STEADY_CALLS, ColdStart, start_cold
 from npu_runtime.bench.measure import measure_latency
-from npu_runtime.bench.records import BenchRecord, encode_csv, encode_record, make_record, read_record
+from npu_runtime.bench.record_files import encode_csv, encode_record, read_record
+from npu_runtime.bench.records import BenchRecord, make_record
 from npu_runtime.bench.statistics import NOISY, Comparison, compare_paired, is_narrow
 from npu_runtime.cli.console import (
     StepProgress,

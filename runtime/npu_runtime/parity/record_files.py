@@ -6,44 +6,34 @@ Versions of the schema:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from npu_runtime.errors import Error
 from npu_runtime.parity.records import ParityRecord
-from npu_runtime.structured import Reader, read_header, to_json
+from npu_runtime.structured import RecordSchema, read_record_text
 
 SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 0
 
-BESIDE = ("record", "schema", "error", "exit_code")
-"""Fields of the document that are no figures of the run."""
+SCHEMA = RecordSchema(
+    "parity", ParityRecord, SCHEMA_MAJOR, SCHEMA_MINOR, ("error", "exit_code"), "npu-runtime parity or verify"
+)
 
 
 def encode_record(record: ParityRecord, error: Error | None = None) -> str:
     """The record as indented JSON, and beside it the error with which the command ends."""
-    ending = {} if error is None else {"error": error.fields(), "exit_code": error.exit_code}
-    document = {"record": "parity", "schema": f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}", **to_json(record), **ending}
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    return SCHEMA.encode(record, {} if error is None else {"error": error.fields(), "exit_code": error.exit_code})
 
 
 def read_record(path: str | Path) -> ParityRecord:
     """The record in a file, wherever it was made. Raises Error when it is none, damaged, or of a newer major schema."""
-    try:
-        text = Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise Error("the record is no text", where=path, got=error) from error
-    return decode_record(text, str(path))
+    return decode_record(read_record_text(path), str(path))
 
 
 def decode_record(text: str, where: str) -> ParityRecord:
     """The record in `text`, read from `where`; see `read_record`."""
-    hint = "pass what npu-runtime parity or verify wrote; upgrade npu-export to read a newer one"
-    document, minor = read_header(text, where, record="parity", major=SCHEMA_MAJOR, hint=hint)
-    body = {name: value for name, value in document.items() if name not in BESIDE}
-    reader = Reader("the record", where, "the file was edited or damaged; run it again", Error, allow_not_finite=True)
-    return reader.decode(ParityRecord, body, lenient=minor > SCHEMA_MINOR)
+    return SCHEMA.decode(text, where)
 
 
 def differences(one: ParityRecord, other: ParityRecord) -> tuple[str, ...]:
