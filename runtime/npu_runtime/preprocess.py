@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,21 +24,34 @@ def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preproce
 
     Raises InputError with the path of the first file that is missing or no image.
     """
+    height, width = preprocessing.size
+    pixel_values = np.empty((len(paths), 3, height, width), np.float32)
+    for row, path in zip(pixel_values, paths):
+        with _open_image(path) as image:
+            row[:] = preprocess(image, preprocessing)
+    return pixel_values
+
+
+def read_upright(path: str | os.PathLike[str]) -> Image.Image:
+    """An image file as RGB of 8 bits, upright by its EXIF orientation. Raises InputError as `read_images` does."""
+    with _open_image(path) as image:
+        return _to_upright_rgb(image)
+
+
+@contextlib.contextmanager
+def _open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An open image; what fails while it is used is an InputError with its path."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise UnavailableError("reading images needs pillow", hint="pip install pillow") from error
-    height, width = preprocessing.size
-    pixel_values = np.empty((len(paths), 3, height, width), np.float32)
-    for row, path in zip(pixel_values, paths):
-        try:
-            with Image.open(path) as image:
-                row[:] = preprocess(image, preprocessing)
-        except UnidentifiedImageError:
-            raise InputError("this file is no image that pillow reads", where=path) from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError("the image cannot be read", where=path, got=error) from error
-    return pixel_values
+    try:
+        with Image.open(path) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise InputError("this file is no image that pillow reads", where=path) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError("the image cannot be read", where=path, got=error) from error
 
 
 def image_suffixes() -> frozenset[str]:
@@ -74,16 +88,31 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Array:
     timm's transforms do, scaled to 0..1, then `(x - mean) / std`. Raises ValueError for more than 8 bits
     of grey, which pillow clips to white.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    upright = _to_upright_rgb(image)
+    size, box = plan_resize(upright.size, preprocessing)
+    resized = upright.resize(size, resample[preprocessing.interpolation]).crop(box)
+    pixels = np.asarray(resized, np.float32) / np.float32(255)
+    normalised = (pixels - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def denormalise(pixel_values: Array, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """The colours [H, W, 3] that `preprocess` made `pixel_values` [3, H, W] from; NaN and infinity are clipped."""
+    channels = pixel_values.transpose(1, 2, 0)
+    colours = channels * np.array(preprocessing.std, np.float32) + np.array(preprocessing.mean, np.float32)
+    rounded: npt.NDArray[np.uint8] = np.rint(np.nan_to_num(colours).clip(0, 1) * 255).astype(np.uint8)
+    return rounded
+
+
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
     upright = ImageOps.exif_transpose(image)
     if upright.mode[0] in "IF":
         raise ValueError(f"pillow mode {upright.mode} has more than 8 bits a channel; scale it to 8 bits first")
     if upright.mode == "P":  # pillow warns of a palette with alpha that goes to RGB directly; the colours are the same
         upright = upright.convert("RGBA")
-    size, box = plan_resize(upright.size, preprocessing)
-    resized = upright.convert("RGB").resize(size, resample[preprocessing.interpolation]).crop(box)
-    pixels = np.asarray(resized, np.float32) / np.float32(255)
-    normalised = (pixels - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    return upright.convert("RGB")

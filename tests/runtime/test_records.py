@@ -132,3 +132,15 @@ def test_records_of_other_artifacts_numerics_and_images_are_told_apart(record: P
     assert "numerics of torchscript fp32 on cpu, numerics: strict and fast" in told
     assert "version of torch: " in told
     assert "inputs: 2 and 1" in told
+
+
+def test_a_record_of_schema_1_0_is_read_without_what_1_1_added(document: dict[str, Any], record: ParityRecord) -> None:
+    del document["accelerator"]
+    for given in document["inputs"]:
+        del given["thumbnails"]
+    for output in (output for step in document["steps"] for output in step["outputs"]):
+        del output["token_errors"]
+    read = decode_record(json.dumps({**document, "schema": "1.0"}), "r")
+    assert [output.token_errors for output in read.steps[1].outputs] == [None] * 4
+    assert read.steps[1].outputs[1].metrics == record.steps[1].outputs[1].metrics
+    assert record.steps[1].outputs[1].token_errors is not None

@@ -14,6 +14,7 @@ import numpy as np
 from npu_runtime.artifact.schema import Preprocessing, TensorSpec
 from npu_runtime.artifact.store import Array, Artifact
 from npu_runtime.errors import InputError, UsageError
+from npu_runtime.parity.thumbnails import MOST_THUMBNAILS, Thumbnails, make_thumbnails
 from npu_runtime.preprocess import image_suffixes, read_images
 
 DEFAULT_SEEDS = (42, 123, 256, 789, 1024)
@@ -31,6 +32,8 @@ class InputRecord:
     kind: InputKind
     sha256: str
     """Of its `pixel_values`, float32 [3, H, W]."""
+    thumbnails: Thumbnails | None = None
+    """Of the first MOST_THUMBNAILS image files; None for the others and in records before 1.1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class InputSource:
     kind: InputKind
     read: Callable[[], Array]
     """Makes `pixel_values`, float32 [3, H, W]; raises InputError."""
+    picture: Callable[[Array], Thumbnails] | None = None
+    """Makes thumbnails of an image file, given its `pixel_values`; None for what is no picture."""
 
 
 def seeded_images(seeds: Sequence[int], shape: Sequence[int]) -> Array:
@@ -78,10 +83,7 @@ def image_inputs(paths: Sequence[str | os.PathLike[str]], preprocessing: Preproc
     Raises InputError for a path that does not exist and for a folder without images.
     """
     files = [file for path in paths for file in _image_files(Path(path))]
-    return [
-        InputSource(str(file), "image", lambda file=file: read_images([file], preprocessing)[0])  # type: ignore[misc]
-        for file in dict.fromkeys(files)
-    ]
+    return [_image_input(file, preprocessing) for file in dict.fromkeys(files)]
 
 
 def array_inputs(file: str | os.PathLike[str], spec: TensorSpec) -> list[InputSource]:
@@ -121,10 +123,14 @@ class Inputs:
         self.skipped: list[SkippedInput] = []
         self._sources: list[InputSource] = []
         self._kept: dict[int, Array] = {}
-        room = KEPT_NBYTES
+        room, pictures = KEPT_NBYTES, 0
         for source in sources:
+            thumbnails = None
             try:
                 image = source.read()
+                if source.picture is not None and pictures < MOST_THUMBNAILS:
+                    thumbnails = source.picture(image)
+                    pictures += 1
             except InputError as error:
                 self.skipped.append(
                     SkippedInput(source.name, f"{error.what}: {error.got}" if error.got else error.what)
@@ -135,7 +141,7 @@ class Inputs:
                 room -= image.nbytes
             self._sources.append(source)
             digest = hashlib.sha256(image.tobytes()).hexdigest()
-            self.records.append(InputRecord(source.name, source.kind, digest))
+            self.records.append(InputRecord(source.name, source.kind, digest, thumbnails))
         if not self._sources:
             raise InputError(
                 "there is no input to compare on",
@@ -152,6 +158,15 @@ class Inputs:
 
     def _image(self, index: int) -> Array:
         return self._kept[index] if index in self._kept else self._sources[index].read()
+
+
+def _image_input(file: Path, preprocessing: Preprocessing) -> InputSource:
+    return InputSource(
+        str(file),
+        "image",
+        lambda: read_images([file], preprocessing)[0],
+        lambda pixel_values: make_thumbnails(file, pixel_values, preprocessing),
+    )
 
 
 def _image_files(path: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from npu_runtime.errors import ProgramError
 from npu_runtime.parity.metrics import ImageMetrics, judge, measure_image, neighbours_kept, summarise
 from npu_runtime.parity.profiles import Profile, judge_profile
 from npu_runtime.parity.records import OutputParity
+from npu_runtime.parity.token_errors import Errors, measure_tokens, summarise_tokens
 
 Outputs = Mapping[str, Array]
 """By name, float32 [N, ...]."""
@@ -24,6 +25,7 @@ class Measurement:
         self._specs = specs
         self._images: dict[tuple[str, str | None], list[ImageMetrics]] = {}
         self._vectors: dict[str, tuple[list[Array], list[Array]]] = {}
+        self._tokens: dict[tuple[str, str | None], list[Errors]] = {}
         self.worst: int | None = None
         """Number of the image that is farthest off, by the largest relative L2 error of its outputs."""
         self.worst_outputs: tuple[Outputs, Outputs] = ({}, {})
@@ -54,10 +56,15 @@ class Measurement:
     def _add_image(self, spec: TensorSpec, actual: Array, expected: Array) -> float:
         whole = measure_image(actual, expected)
         self._images.setdefault((spec.name, None), []).append(whole)
+        tokens = measure_tokens(actual, expected) if actual.ndim == 2 else None
+        if tokens is not None:
+            self._tokens.setdefault((spec.name, None), []).append(tokens)
         for group in spec.groups:
             part = slice(group.start, group.stop)
             figures = measure_image(actual[part], expected[part])
             self._images.setdefault((spec.name, group.name), []).append(figures)
+            if tokens is not None:
+                self._tokens.setdefault((spec.name, group.name), []).append(tokens[part])
         if actual.ndim == 1:
             vectors = self._vectors.setdefault(spec.name, ([], []))
             vectors[0].append(actual.copy())
@@ -79,6 +86,7 @@ class Measurement:
                 tuple(images),
                 judge(output, metrics, tolerances) if whole else (),
                 judge_profile(output, metrics, profile) if whole and profile else (),
+                summarise_tokens(self._tokens[output, group]) if (output, group) in self._tokens else None,
             )
 
 

@@ -2,6 +2,7 @@
 
 Versions of the schema:
     1.0  first.
+    1.1  accelerator, inputs[].thumbnails, steps[].outputs[].token_errors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from npu_runtime.parity.records import ParityRecord
 from npu_runtime.structured import RecordSchema, read_record_text
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 0
+SCHEMA_MINOR = 1
 
 SCHEMA = RecordSchema(
     "parity", ParityRecord, SCHEMA_MAJOR, SCHEMA_MINOR, ("error", "exit_code"), "npu-runtime parity or verify"

@@ -10,9 +10,10 @@ from npu_runtime.artifact.schema import Precision, Tolerance, Weights
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import SessionReport
 from npu_runtime.devices import parse_device
-from npu_runtime.environment import describe_environment
+from npu_runtime.environment import AcceleratorRecord, describe_accelerator, describe_environment
 from npu_runtime.parity.inputs import InputRecord, SkippedInput
 from npu_runtime.parity.metrics import Check, ImageMetrics, Metrics
+from npu_runtime.parity.token_errors import TokenErrors
 
 Cause = Literal["checkpoint", "precision", "export", "device"]
 """What a step of the ladder adds, and so what is to blame when it is the first beyond its tolerance."""
@@ -34,6 +35,8 @@ class OutputParity:
     checks: tuple[Check, ...]
     profile: tuple[Check, ...]
     """Criteria of the profile that was asked for; they decide nothing."""
+    token_errors: TokenErrors | None = None
+    """Of outputs [B, T, D]; None for others and in records before 1.1."""
 
     @property
     def passed(self) -> bool:
@@ -179,6 +182,8 @@ class ParityRecord:
     passed: bool
     """Every step that ran passed, one ran on the device, and the run was not interrupted."""
     seconds: float
+    accelerator: AcceleratorRecord | None = None
+    """Behind the device; None on the CPU, where nothing ran on the device, and in records before 1.1."""
 
 
 def not_run(backend: str, device: str, precision: Precision, reason: str, cause: Cause = "export") -> Step:
@@ -203,6 +208,9 @@ def make_record(
     """The record of steps that were made here and now."""
     manifest, device = artifact.manifest, str(parse_device(device))
     failed = next((step for step in steps if step.status == "failed"), None)
+    accelerator = None
+    if any(step.device == device and step.conditions is not None for step in steps):
+        accelerator = describe_accelerator(parse_device(device))
     ran = any(step.status == "passed" and step.device == device and step.cause != "checkpoint" for step in steps)
     weights = manifest.provenance.weights
     return ParityRecord(
@@ -229,6 +237,7 @@ def make_record(
         partial,
         failed is None and ran and not partial,
         seconds,
+        accelerator,
     )
 
 
