@@ -92,7 +92,10 @@ def export(encoder: str, layout: str, keys: Path, work: Path) -> dict[str, Any]:
         "coverage": weights["coverage"],
         "outputs": manifest["outputs"],
         "differences": {
-            f"{row['backend']} {row['output']}": row["metrics"]["max_abs_error"] for row in verified["programs"]
+            f"{step['backend']} {output['output']}": output["metrics"]["max_abs_error"]
+            for step in verified["steps"]
+            for output in step["outputs"]
+            if output["group"] is None
         },
         "files": {record["file"]: record["nbytes"] for record in manifest["files"]},
         "seconds": seconds,
