@@ -170,20 +170,18 @@ def test_every_backend_batch_and_number_of_callers_is_loaded_for_the_time_that_w
     assert len(progress) == len(loads) * SLICES
 
 
-def test_backends_take_turns_in_slices_and_their_order_changes() -> None:
+def test_backends_take_turns_in_slices_in_an_order_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     played: list[str] = []
 
-    def note(name: str) -> Callable[[Array], object]:
-        def call(_: Array) -> None:
-            played.append(name)
-            time.sleep(0.002)
+    def run(encoder: Fake, _: object, __: int, seconds: float) -> Load:
+        encoder(INPUT)
+        return Load(seconds, (1.0,))
 
-        return call
-
-    measure({name: note(name) for name in "ab"}, callers=[1, 1], seconds=0.2)
-    turns = [name for name, before in zip(played, [""] + played) if name != before]
-    assert SLICES <= len(turns) <= 2 * SLICES
-    assert {"a", "b"} == set(turns)
+    monkeypatch.setattr(throughput, "run_slice", run)
+    measure({"a": lambda _: played.append("a"), "b": lambda _: played.append("b")}, callers=[1, 2], seconds=4.0)
+    turns = ["".join(played[start : start + 2]) for start in range(0, len(played), 2)]
+    assert len(turns) == 2 * SLICES
+    assert set(turns) == {"ab", "ba"}
 
 
 def test_slow_calls_are_measured_in_fewer_slices_and_at_least_once() -> None:
@@ -208,20 +206,20 @@ def test_inputs_are_random_and_rotate_and_callers_begin_at_different_ones() -> N
         assert all(after == (before + 1) % INPUTS or after < 2 for before, after in itertools.pairwise(places))
 
 
-def test_an_error_leaves_the_slices_before_it() -> None:
-    counts = {"good": 0, "bad": 0}
+def test_an_interruption_leaves_whole_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = itertools.count(1)
 
-    def call(name: str, limit: float) -> Callable[[Array], object]:
-        def run(_: Array) -> None:
-            counts[name] += 1
-            time.sleep(0.002)
-            if counts[name] > limit:
-                raise ArithmeticError(name)
+    def run(_: object, __: object, callers: int, seconds: float) -> Load:
+        if (number := next(slices)) == 7:
+            raise KeyboardInterrupt
+        return Load(seconds, (number,) * callers)
 
-        return run
-
+    monkeypatch.setattr(throughput, "run_slice", run)
     loads: dict[tuple[str, int, int], Load] = {}
-    encoders: Any = {"good": Fake(call("good", float("inf"))), "bad": Fake(call("bad", 60))}
-    with pytest.raises(ArithmeticError, match="bad"):
-        measure_throughput(encoders, [1], [2], loads, seconds=60 * SLICES * 0.002)
-    assert all(load.latencies_ms and load.seconds > 0 for load in loads.values())
+    encoders: Any = {name: Fake(lambda _: None) for name in "ab"}
+    with pytest.raises(KeyboardInterrupt):
+        measure_throughput(encoders, [1], [2], loads, seconds=4.0)
+    assert loads["a", 1, 2].seconds == loads["b", 1, 2].seconds == 3.0
+    assert sorted((*loads["a", 1, 2].latencies_ms, *loads["b", 1, 2].latencies_ms)) == [
+        number for number in range(1, 7) for _ in range(2)
+    ]
