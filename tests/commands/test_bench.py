@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.bench.record_files import decode_record, read_record
 from npu_runtime.devices import cpu_count
+from npu_runtime.encoder import Encoder
 
 ROUNDS = ("--iterations", "3", "--warmup", "1")
 
@@ -274,6 +278,171 @@ def test_a_backend_that_does_not_start_afresh_is_told_with_the_reason(
     assert result.code == 0
     assert "one start in a fresh process, batch 4, in ms" in result.out
     assert "not run   cold start of onnxruntime: no kernel here" in result.out
+
+
+LOAD = ("--iterations", "0", "--callers", "1,2", "--seconds", "0.1")
+
+
+def test_each_backend_is_loaded_by_each_number_of_callers(
+    call: Callable[..., Any], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    arguments = ("--backend", "onnx", "--backend", "torchscript", *LOAD, "--threads", "1")
+    samples = tmp_path / "s.csv"
+    result = call("npu-runtime", "bench", tiny_artifact, *arguments, "--csv", samples, "--json")
+    assert result.code == 0
+    document = result.json
+    assert (document["load_seconds"], document["threads"], document["rows"], document["partial"]) == (0.1, 1, [], False)
+    assert [(load["backend"], load["batch"], load["callers"]) for load in document["throughput"]] == [
+        (backend, batch, callers)
+        for batch in (1, 4)
+        for backend in ("onnxruntime", "torchscript")
+        for callers in (1, 2)
+    ]
+    for load in document["throughput"]:
+        assert load["seconds"] >= 0.1
+        assert load["images_per_second"] == pytest.approx(load["batch"] * load["calls"] / load["seconds"])
+        assert load["latency"]["p50_ms"] == pytest.approx(np.median(load["samples_ms"]))
+        assert load["callers"] * load["seconds"] * 1000 >= 0.2 * sum(load["samples_ms"])
+    assert samples.read_text("utf-8") == "backend,batch,round,latency_ms\n"
+    assert document["file_nbytes"].keys() == {"onnxruntime", "torchscript"}
+
+
+def test_the_table_of_a_load_follows_the_table_of_the_rounds(call: Callable[..., Any], tiny_artifact: Path) -> None:
+    arguments = ("--backend", "onnx", "--batch", "4", *ROUNDS, *LOAD[2:])
+    lines = call("npu-runtime", "bench", tiny_artifact, *arguments).out.splitlines()
+    start = next(index for index, line in enumerate(lines) if "under load for 0.1 s each" in line)
+    assert any("a call from numpy to numpy in ms, 3 rounds" in line for line in lines[:start])
+    assert lines[start + 1].split() == ["backend", "batch", "callers", "calls", "images/s", "p50", "p90", "p95", "p99"]
+    assert [line.split()[:3] for line in lines[start + 2 : start + 4]] == [["onnxruntime", "4", n] for n in "12"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--seconds", "2"), "--seconds is for the load of --callers"),
+        (("--iterations", "0"), "nothing is to be measured"),
+        (("--callers", "0"), "expected numbers from 1 to 1000"),
+        (("--callers", "1,100000"), "expected numbers from 1 to 1000"),
+        (("--callers", "many"), "expected whole numbers"),
+        (("--callers", "1", "--seconds", "nan"), "expected seconds from 0.1"),
+        (("--callers", "1", "--seconds", "inf"), "expected seconds from 0.1"),
+        (("--callers", "1", "--seconds", "0"), "expected seconds from 0.1"),
+        (("--callers", "1", "--seconds", "soon"), "expected seconds from 0.1"),
+    ],
+)
+def test_a_load_that_cannot_be_made_is_wrong_usage(
+    arguments: tuple[str, ...], told: str, call: Callable[..., Any], tiny_artifact: Path
+) -> None:
+    result = call("npu-runtime", "bench", tiny_artifact, *arguments)
+    assert (result.code, told in result.err, result.out) == (2, True, "")
+
+
+def test_an_output_that_is_not_finite_ends_a_load_with_the_error(
+    call: Callable[..., Any], tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+    real = Encoder.__call__
+
+    def run(self: Encoder, pixel_values: Any) -> Any:
+        return real(self, pixel_values * np.float32("nan") if next(calls) == 20 else pixel_values)
+
+    monkeypatch.setattr(Encoder, "__call__", run)
+    result = call("npu-runtime", "bench", tiny_artifact, "--backend", "onnx", *LOAD[:3], "2", "--json")
+    assert (result.code, result.json["error"]["what"]) == (1, "the output embedding holds NaN or infinity")
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Ctrl-C in the course of the call of an encoder that has this number."""
+
+    def at(number: int) -> None:
+        calls = itertools.count()
+        real = Encoder.__call__
+
+        def run(self: Encoder, pixel_values: Any) -> Any:
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(self, pixel_values)
+
+        monkeypatch.setattr("npu_runtime.cli.console._interrupted", threading.Event())
+        monkeypatch.setattr(Encoder, "__call__", run)
+
+    return at
+
+
+def test_ctrl_c_keeps_whole_rounds_and_marks_them_partial(
+    call: Callable[..., Any], interrupt: Callable[[int], None], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    record, old = tmp_path / "r.json", tmp_path / "old.json"
+    arguments = ("--backend", "onnx", "--backend", "torchscript", "--warmup", "2", "--iterations", "30", "--cold")
+    interrupt(2 * (2 + 30) + 2 * (2 + 8) + 1)  # in the ninth round of the second batch size
+    result = call("npu-runtime", "bench", tiny_artifact, *arguments, "--record", old, "--json")
+    assert (result.code, old.read_text("utf-8")) == (130, result.out)
+    kept = read_record(old)
+    assert (kept.partial, kept.cold, kept.cold_not_run) == (True, (), {})
+    assert [(row.backend, row.batch, len(row.samples_ms)) for row in kept.rows] == [
+        ("onnxruntime", 1, 30),
+        ("torchscript", 1, 30),
+        ("onnxruntime", 4, 8),
+        ("torchscript", 4, 8),
+    ]
+    interrupt(2 * (2 + 30) + 2 * (2 + 5))
+    result = call("npu-runtime", "bench", tiny_artifact, *arguments, "--record", record, "--against", old)
+    assert result.code == 130
+    assert "partial   the run was interrupted" in result.out
+    assert "partial   the old run was interrupted\npartial   the new run was interrupted\n" in result.out
+    assert "not judged" not in result.out
+    assert "in ms, 5 and 30 rounds" in call("npu-runtime", "show", record).out
+
+
+def test_ctrl_c_under_load_keeps_the_rounds_and_no_part_of_a_slice(
+    call: Callable[..., Any], interrupt: Callable[[int], None], tiny_artifact: Path
+) -> None:
+    interrupt(2000)
+    arguments = ("--backend", "onnx", "--batch", "1", *ROUNDS, "--callers", "1,2", "--seconds", "600")
+    result = call("npu-runtime", "bench", tiny_artifact, *arguments, "--json")
+    assert result.code == 130
+    assert (result.json["partial"], result.json["throughput"], result.json["load_seconds"]) == (True, [], 600)
+    assert [len(row["samples_ms"]) for row in result.json["rows"]] == [3]
+
+
+def test_ctrl_c_before_anything_was_measured_writes_no_record(
+    call: Callable[..., Any], interrupt: Callable[[int], None], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    interrupt(1)
+    arguments = ("--backend", "onnx", "--warmup", "5", "--record", tmp_path / "r.json")
+    result = call("npu-runtime", "bench", tiny_artifact, *arguments)
+    assert (result.code, result.out, list(tmp_path.iterdir())) == (130, "", [])
+    assert result.err.endswith("interrupted\n")
+
+
+def test_show_prints_what_bench_printed_and_compares_as_it_does(
+    call: Callable[..., Any], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    one, other, parity = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "p.json"
+    arguments = ("--backend", "onnx", "--batch", "1", "--iterations", "8", *LOAD[2:])
+    printed = call("npu-runtime", "bench", tiny_artifact, *arguments, "--record", one)
+    against = call("npu-runtime", "bench", tiny_artifact, *arguments, "--record", other, "--against", one)
+    shown = call("npu-runtime", "show", one)
+    assert (shown.code, shown.out.splitlines()[1:]) == (0, printed.out.splitlines())
+    assert shown.out.startswith("made on   ")
+    compared = call("npu-runtime", "show", other, "--against", one)
+    assert (compared.code, compared.out.splitlines()[1:]) == (0, against.out.splitlines())
+    assert "under load, against " in compared.out
+    parity.write_text(call("npu-runtime", "verify", tiny_artifact, "--backend", "onnx", "--json").out, "utf-8")
+    for first, second in ((one, parity), (parity, one)):
+        mixed = call("npu-runtime", "show", first, "--against", second)
+        assert (mixed.code, "records of two kinds" in mixed.err, mixed.out) == (2, True, "")
+    old = call("npu-runtime", "show", Path(__file__).parents[1] / "data" / "records" / "bench-1.0.json")
+    assert (old.code, "tiny-vit, a call from numpy to numpy in ms, 8 rounds" in old.out) == (0, True)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"record": "colour"}', '{"record": 3}', "no JSON"])
+def test_show_refuses_what_is_no_record(text: str, call: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    result = call("npu-runtime", "show", tmp_path / "r.json")
+    assert (result.code, result.out) == (1, "")
+    assert "not JSON" in result.err if text == "no JSON" else '"record": "parity" or "record": "bench"' in result.err
 
 
 def test_a_noisy_row_is_shown_and_labelled(

@@ -469,6 +469,18 @@ def test_devices_that_are_not_there_are_told_apart(command: Run, artifact: Path)
     assert (other.returncode, "belongs to another torch" in other.stdout) == (4, True)
 
 
+def test_callers_share_the_npu_and_transfers_are_told_apart_in_a_table(command: Run, artifact: Path) -> None:
+    arguments = ("--iterations", "3", "--warmup", "1", "--batch", "1", "--callers", "3", "--seconds", "0.2")
+    done = command("bench", artifact, *NPU, "--backend", "torchscript", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stages of a call in ms, on the clock of npu:0, medians of 3 rounds\n" in done.stdout
+    lines = [line.split() for line in done.stdout.splitlines()]
+    place = lines.index(["backend", "batch", "transfer", "in", "compute", "transfer", "out"])
+    backend, batch, *stages = lines[place + 1]
+    assert (backend, batch, len([float(ms) for ms in stages])) == ("torchscript", "1", 3)
+    assert any(line[:3] == ["torchscript", "1", "3"] for line in lines[place + 2 :])
+
+
 def test_bench_and_embed_run_on_the_npu_and_record_the_conditions(command: Run, artifact: Path, tmp_path: Path) -> None:
     done = command("bench", artifact, *NPU, "--iterations", "2", "--warmup", "1", "--batch", "1", "--cold", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -479,6 +491,13 @@ def test_bench_and_embed_run_on_the_npu_and_record_the_conditions(command: Run, 
     cold = next(start for start in record["cold"] if start["backend"] == "torchscript")
     assert cold["host_peak_nbytes"] > cold["device_peak_nbytes"] > 0
     assert record["environment"]["variables"]["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1"
+    for row in record["rows"]:
+        stages = row["stages"]
+        assert len(stages["samples"]) == 2
+        for stage in ("transfer_in_ms", "compute_ms", "transfer_out_ms"):
+            assert stages[stage] == pytest.approx(sum(times[stage] for times in stages["samples"]) / 2)
+            assert min(times[stage] for times in stages["samples"]) >= 0
+        assert stages["compute_ms"] > 0
     Image.new("RGB", (40, 30), (200, 10, 60)).save(tmp_path / "a.png")
     output = tmp_path / "features.npy"
     done = command("embed", artifact, tmp_path / "a.png", *NPU, "--output", output)

@@ -13,7 +13,7 @@ import pytest
 
 from npu_runtime import Error
 from npu_runtime.artifact.store import open_artifact
-from npu_runtime.backends.base import GraphReport, SessionReport
+from npu_runtime.backends.base import GraphReport, SessionReport, StageTimes
 from npu_runtime.bench.against import compare_records, differences
 from npu_runtime.bench.record_files import (
     SCHEMA_MAJOR,
@@ -23,8 +23,9 @@ from npu_runtime.bench.record_files import (
     encode_record,
     read_record,
 )
-from npu_runtime.bench.records import BenchRecord, make_record
+from npu_runtime.bench.records import BenchRecord, Stages, make_record
 from npu_runtime.bench.statistics import summarise_latency
+from npu_runtime.bench.throughput import Load
 from npu_runtime.devices import CPU
 from npu_runtime.environment import VARIABLES, AcceleratorRecord, describe_accelerator, describe_environment
 
@@ -57,7 +58,20 @@ def record(tiny_artifact: Path) -> BenchRecord:
         adaptive=False,
         not_run={"other": "it is not installed"},
         seconds=1.5,
+        loads={
+            (backend, batch, callers): Load(2.5, tuple(generator.uniform(10, 11, 50).tolist()))
+            for batch in (1, 4)
+            for callers in (1, 8)
+            for backend in reversed(BACKENDS)
+        },
+        load_seconds=2.0,
     )
+
+
+def with_stages(record: BenchRecord) -> BenchRecord:
+    times = tuple(StageTimes(k, 2.0 * k, 3.0 * k) for k in (5.0, 1.0, 2.0))
+    rows = tuple(dataclasses.replace(row, stages=Stages(2, 4, 6, times)) for row in record.rows)
+    return dataclasses.replace(record, rows=rows)
 
 
 @pytest.fixture
@@ -79,6 +93,47 @@ def test_an_accelerator_and_its_graphs_survive(record: BenchRecord) -> None:
         record, accelerator=AcceleratorRecord("Ascend910B3", "8.5.0"), graph=True, conditions={"torchscript": report}
     )
     assert decode_record(encode_record(changed), "r") == changed
+
+
+def test_stages_and_the_mark_of_an_interruption_survive(record: BenchRecord) -> None:
+    changed = dataclasses.replace(with_stages(record), partial=True)
+    assert decode_record(encode_record(changed), "r") == changed
+    medians_alone = dataclasses.replace(changed.rows[0], stages=Stages(1, 2, 3))
+    changed = dataclasses.replace(changed, rows=(medians_alone, *changed.rows[1:]))
+    assert decode_record(encode_record(changed), "r") == changed
+
+
+def test_stages_are_the_medians_of_their_rounds(tiny_artifact: Path) -> None:
+    times = [StageTimes(1, 10, 3), StageTimes(3, 30, 1), StageTimes(2, 50, 2)]
+    made = remake(tiny_artifact, {("eager", 1): [1.0], ("onnxruntime", 1): [1.0]}, stages={("eager", 1): times})
+    assert [row.stages for row in made.rows] == [Stages(2, 30, 2, tuple(times)), None]
+
+
+def remake(artifact: Path, samples: dict[tuple[str, int], list[float]], **changes: Any) -> BenchRecord:
+    conditions = {backend: SessionReport({}) for backend in BACKENDS}
+    return make_record(
+        open_artifact(artifact), samples, environment={}, device="cpu", accelerator=None, conditions=conditions,
+        threads=1, numerics="strict", graph="auto", allow_fallback=False, warmup=1, iterations=1, adaptive=False,
+        not_run={}, seconds=1.0, **changes,
+    )  # fmt: skip
+
+
+def test_what_has_no_sample_has_no_row(tiny_artifact: Path) -> None:
+    samples = {("eager", 1): [2.0], ("onnxruntime", 1): [1.0], ("eager", 4): [], ("onnxruntime", 4): []}
+    made = remake(tiny_artifact, samples, partial=True)
+    assert [(row.backend, row.batch) for row in made.rows] == [("eager", 1), ("onnxruntime", 1)]
+    assert decode_record(encode_record(made), "r") == made
+
+
+def test_loads_hold_the_rate_and_the_statistics_of_their_calls(record: BenchRecord) -> None:
+    assert [(load.backend, load.batch, load.callers) for load in record.throughput] == [
+        (backend, batch, callers) for batch in (1, 4) for backend in BACKENDS for callers in (1, 8)
+    ]
+    for load in record.throughput:
+        assert load.latency == summarise_latency(load.samples_ms, load.batch)
+        assert (load.calls, load.seconds) == (50, 2.5)
+        assert load.images_per_second == 20 * load.batch
+    assert dataclasses.replace(record, rows=()).batches == (1, 4)
 
 
 def test_rows_hold_the_statistics_and_the_comparison_of_their_samples(record: BenchRecord) -> None:
@@ -154,6 +209,17 @@ def delete(document: dict[str, Any]) -> object:
         lambda d: d["rows"][0]["samples_ms"].__setitem__(0, -1.0),
         lambda d: d["rows"][0]["latency"].update(median_ms=1.0),
         lambda d: d["rows"][1].update(backend="eager"),
+        lambda d: d["rows"][0].update(stages={"transfer_in_ms": 1.0}),
+        lambda d: d["rows"][0].update(stages=staged(2.0)),
+        lambda d: d["throughput"][0].update(samples_ms=[]),
+        lambda d: d["throughput"][0].update(calls=49),
+        lambda d: d["throughput"][0].update(seconds=0.0),
+        lambda d: d["throughput"][0].update(seconds="inf"),
+        lambda d: d["throughput"][0].update(images_per_second=21.0),
+        lambda d: d["throughput"][0]["latency"].update(median_ms=1.0),
+        lambda d: d["throughput"][0]["samples_ms"].__setitem__(0, -1.0),
+        lambda d: d["throughput"][1].update(callers=1),
+        lambda d: d.update(partial="no"),
     ],
 )
 def test_a_damaged_record_is_refused_with_the_place(
@@ -162,6 +228,19 @@ def test_a_damaged_record_is_refused_with_the_place(
     damage(document)
     with pytest.raises(Error, match=r"the record has (a )?wrong"):
         decode_record(json.dumps(document), "r")
+
+
+def staged(compute_ms: float) -> dict[str, Any]:
+    """Stages with the samples of a compute of 1 ms."""
+    sample = {"transfer_in_ms": 1.0, "compute_ms": 1.0, "transfer_out_ms": 1.0}
+    return {**sample, "compute_ms": compute_ms, "samples": [sample]}
+
+
+def test_stages_that_are_those_of_their_samples_are_read(document: dict[str, Any]) -> None:
+    document["rows"][0].update(stages=staged(1.0))
+    stages = decode_record(json.dumps(document), "r").rows[0].stages
+    assert stages is not None
+    assert stages.compute_ms == 1
 
 
 def with_environment(record: BenchRecord, **changes: object) -> BenchRecord:
@@ -201,7 +280,7 @@ def test_records_of_the_same_conditions_are_judged_row_by_row(record: BenchRecor
         (lambda r: dataclasses.replace(r, numerics="fast"), "numerics: strict and fast"),
         (lambda r: dataclasses.replace(r, graph=False), "graph: auto and False"),
         (lambda r: dataclasses.replace(r, allow_fallback=True), "allow fallback: False and True"),
-        (lambda r: dataclasses.replace(r, rows=r.rows[:3]), "batch sizes: 1, 4 and 1"),
+        (lambda r: dataclasses.replace(r, rows=r.rows[:3], throughput=()), "batch sizes: 1, 4 and 1"),
         (
             lambda r: dataclasses.replace(r, conditions={**r.conditions, "eager": SessionReport({"numerics": "x"})}),
             "numerics of eager: strict and x",
@@ -236,6 +315,25 @@ def test_a_row_of_one_record_alone_has_no_median_of_the_other(record: BenchRecor
     fewer = dataclasses.replace(record, rows=record.rows[:3])
     assert [row.new_median_ms is None for row in compare_records(record, fewer, "r").rows] == [False] * 3 + [True] * 3
     assert [row.old_median_ms is None for row in compare_records(fewer, record, "r").rows] == [False] * 3 + [True] * 3
+
+
+def test_loads_of_both_records_stand_beside_each_other_and_interrupted_runs_are_told(record: BenchRecord) -> None:
+    doubled = tuple(
+        dataclasses.replace(load, seconds=2 * load.seconds, images_per_second=load.images_per_second / 2)
+        for load in record.throughput
+        if load.callers == 8
+    )
+    new = dataclasses.replace(record, throughput=doubled, load_seconds=5.0, partial=True)
+    against = compare_records(record, new, "old.json")
+    assert (against.refused, against.partial) == ((), ("new",))
+    assert [(load.backend, load.batch, load.callers) for load in against.throughput] == [
+        (backend, batch, 8) for batch in (1, 4) for backend in BACKENDS
+    ]
+    for load in against.throughput:
+        assert load.old_images_per_second == 2 * load.new_images_per_second == 20 * load.batch
+        assert load.old_p50_ms == load.new_p50_ms
+    assert compare_records(new, record, "r").partial == ("old",)
+    assert compare_records(record, dataclasses.replace(record, throughput=()), "r").throughput == ()
 
 
 def test_what_a_machine_is_and_how_it_is_set_stands_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

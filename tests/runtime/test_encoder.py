@@ -228,6 +228,15 @@ def test_threads_are_those_of_onnxruntime(tiny_artifact: Path, images: Array, mo
     assert asked == [0, 1]
 
 
+def test_the_stages_of_a_call_on_the_cpu_are_one(encoder: Encoder, images: Array) -> None:
+    assert encoder.time_stages(images[:1]) is None
+    with pytest.raises(UsageError, match="the stages of one program") as refused:
+        encoder.time_stages(images[:3])
+    assert (refused.value.expected, refused.value.got) == ("as many images as 1, 4", "3")
+    with pytest.raises(InputError, match="another dtype"):
+        encoder.time_stages(images[:1].astype(np.float64))  # type: ignore[arg-type]
+
+
 def test_a_closed_encoder_does_not_run(tiny_artifact: Path, images: Array) -> None:
     for backend in (*BACKENDS, "eager"):
         encoder = load(tiny_artifact, backend=backend)

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from npu_runtime.artifact.schema import TensorSpec
-from npu_runtime.bench.measure import INPUTS, measure_latency
+from npu_runtime.backends.base import StageTimes
+from npu_runtime.bench.measure import INPUTS, measure_latency, measure_stages
 
 Array = npt.NDArray[np.float32]
 
@@ -91,6 +93,42 @@ def test_a_batch_size_ends_where_its_own_rounds_are_enough() -> None:
     assert seen == [[1, 1], [2, 2], [3, 3]] * 2
     assert len(calls) == 2 * 2 * 5
     assert len(rounds) == 2 * (10 + 2)
+
+
+def test_an_interruption_leaves_whole_rounds() -> None:
+    class Interrupted(Recorder):
+        def __call__(self, pixel_values: Array) -> Array:
+            if len(self._calls) == 3 * 5 + 2:
+                raise KeyboardInterrupt
+            return super().__call__(pixel_values)
+
+    calls: list[tuple[str, Array]] = []
+    encoders: Any = {name: Interrupted(name, calls) for name in "abc"}
+    samples: dict[tuple[str, int], list[float]] = {}
+    with pytest.raises(KeyboardInterrupt):
+        measure_latency(encoders, [1, 4], iterations=9, warmup=2, settle_s=0, samples=samples)
+    assert {key: len(values) for key, values in samples.items()} == {(name, 1): 3 for name in "abc"}
+
+
+class Staged(Recorder):
+    """Its stages are the number of the call."""
+
+    def time_stages(self, pixel_values: Array) -> StageTimes | None:
+        self(pixel_values)
+        return None if self._name == "c" else StageTimes(1, len(self._calls), 0.5)
+
+
+def test_stages_are_timed_in_rounds_of_every_encoder_and_kept_of_those_that_can_tell() -> None:
+    calls: list[tuple[str, Array]] = []
+    encoders: Any = {name: Staged(name, calls) for name in "abc"}
+    stages = measure_stages(encoders, [1, 4], rounds=5)
+    assert {key: len(times) for key, times in stages.items()} == {(name, b): 5 for name in "ab" for b in (1, 4)}
+    for start in range(0, 30, 3):
+        assert sorted(name for name, _ in calls[start : start + 3]) == ["a", "b", "c"]
+    assert sorted(int(times.compute_ms) for of_one in stages.values() for times in of_one) == [
+        index + 1 for index, (name, _) in enumerate(calls) if name != "c"
+    ]
+    assert len({pixel_values.tobytes() for _, pixel_values in calls[:15]}) == INPUTS
 
 
 def test_a_latency_is_the_calls_own_in_milliseconds() -> None:

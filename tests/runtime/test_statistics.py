@@ -41,6 +41,18 @@ def test_a_summary_is_that_of_the_statistics_module(samples: list[float], batch:
         assert latency.standard_deviation_ms is None
     else:
         assert latency.standard_deviation_ms == pytest.approx(statistics.stdev(samples), abs=1e-6)
+        first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
+        assert latency.interquartile_range_ms == pytest.approx(third - first, abs=1e-6)
+        assert latency.noisy == (latency.interquartile_range_ms > NOISY * latency.median_ms)
+
+
+@given(st.lists(MILLISECONDS, min_size=20, max_size=99))
+def test_percentiles_of_few_samples_are_those_of_the_statistics_module(samples: list[float]) -> None:
+    latency = summarise_latency(samples, 1)
+    cuts = statistics.quantiles(samples, n=20, method="inclusive")
+    assert latency.p90_ms == pytest.approx(cuts[17])
+    assert latency.p95_ms == (pytest.approx(cuts[18]) if len(samples) >= 40 else None)
+    assert latency.p99_ms is None
 
 
 @given(st.lists(MILLISECONDS, min_size=100, max_size=300))
@@ -222,6 +234,34 @@ def test_stopping_when_the_interval_is_narrow_keeps_most_of_its_coverage() -> No
         interval = comparison.interval
         covered += interval is not None and interval.low <= 1 <= interval.high
     assert covered >= 0.9 * 300
+
+
+@pytest.mark.parametrize(("old_count", "new_count"), [(7, 7), (8, 30), (25, 12), (60, 61)])
+def test_an_interval_of_separate_runs_is_made_of_two_of_half_the_doubt(old_count: int, new_count: int) -> None:
+    def ends(count: int) -> tuple[int, int]:
+        """The ranks of the interval of the median, by the largest k that covers it with 0.975."""
+        k = max(k for k in range(1, count // 2 + 1) if coverage(count, k) >= Fraction(975, 1000))
+        return k, count + 1 - k
+
+    old, new = [float(100 + i) for i in range(old_count)], [float(50 + 3 * i) for i in range(new_count)]
+    (a, b), (c, d) = ends(old_count), ends(new_count)
+    comparison = compare_apart(old[::-1], new)
+    assert comparison.speedup == pytest.approx(statistics.median(old) / statistics.median(new))
+    assert comparison.interval == Interval(old[a - 1] / new[d - 1], old[b - 1] / new[c - 1])
+
+
+def test_an_interval_of_paired_runs_is_that_of_the_sign_test() -> None:
+    generator = np.random.default_rng(4)
+    for count in (6, 9, 20, 33):
+        baseline, samples = generator.uniform(1, 9, (2, count))
+        interval = compare_paired(baseline.tolist(), samples.tolist()).interval
+        assert interval is not None
+        ratios = np.sort(baseline / samples)
+        for speedup in (*(ratios[:-1] + ratios[1:]) / 2, ratios[0] / 2, ratios[-1] * 2):
+            slower = int((ratios < speedup).sum())
+            extreme = min(slower, count - slower)
+            p_value = min(Fraction(1), 2 * sum(Fraction(math.comb(count, i), 2**count) for i in range(extreme + 1)))
+            assert (interval.low <= speedup <= interval.high) == (p_value > Fraction(5, 100))
 
 
 def test_a_speedup_is_the_median_of_the_rounds_ratios() -> None:

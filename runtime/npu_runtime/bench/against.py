@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from npu_runtime.backends.base import SessionReport
@@ -27,6 +27,23 @@ class AgainstRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AgainstLoad:
+    """One backend at one batch size under the load of as many callers in both records.
+
+    There is no verdict: the calls of a slice wait for each other, so that an interval as of independent samples
+    would be too narrow.
+    """
+
+    backend: str
+    batch: int
+    callers: int
+    old_images_per_second: float
+    new_images_per_second: float
+    old_p50_ms: float | None
+    new_p50_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Against:
     """A record beside an older one."""
 
@@ -35,12 +52,17 @@ class Against:
     refused: tuple[str, ...]
     """What differs in the conditions, in words; where anything does, no row is judged."""
     rows: tuple[AgainstRow, ...]
+    throughput: tuple[AgainstLoad, ...] = ()
+    """Only what both records have."""
+    partial: tuple[str, ...] = ()
+    """Which of the two runs was interrupted: `old`, `new`."""
 
 
 def compare_records(old: BenchRecord, new: BenchRecord, where: str) -> Against:
     """Medians side by side, of `old` as read from `where`, with verdicts where the conditions are the same.
 
-    A verdict speaks of these two runs: what else the machine did in either is not in its interval.
+    A verdict speaks of these two runs: what else the machine did in either is not in its interval. Of a run that
+    was interrupted the rows that it has are compared, where they are of the same batch sizes.
     """
     refused = differences(old, new)
     before = {(row.backend, row.batch): row for row in old.rows}
@@ -56,7 +78,24 @@ def compare_records(old: BenchRecord, new: BenchRecord, where: str) -> Against:
                 None if refused or a is None or b is None else compare_apart(a.samples_ms, b.samples_ms),
             )
         )
-    return Against(where, refused, tuple(rows))
+    partial = tuple(name for name, record in (("old", old), ("new", new)) if record.partial)
+    return Against(where, refused, tuple(rows), tuple(_loads_beside(old, new)), partial)
+
+
+def _loads_beside(old: BenchRecord, new: BenchRecord) -> Iterator[AgainstLoad]:
+    before = {(load.backend, load.batch, load.callers): load for load in old.throughput}
+    for load in new.throughput:
+        other = before.get((load.backend, load.batch, load.callers))
+        if other is not None:
+            yield AgainstLoad(
+                load.backend,
+                load.batch,
+                load.callers,
+                other.images_per_second,
+                load.images_per_second,
+                other.latency.p50_ms,
+                load.latency.p50_ms,
+            )
 
 
 def differences(old: BenchRecord, new: BenchRecord) -> tuple[str, ...]:

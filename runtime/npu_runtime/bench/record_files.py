@@ -61,7 +61,7 @@ def decode_record(text: str, where: str) -> BenchRecord:
     return record
 
 
-def _check_rows(at: str, rows: Sequence[BenchRow] | Sequence[LoadRow], where: str) -> None:
+def _check_rows(at: str, rows: Sequence[BenchRow | LoadRow], where: str) -> None:
     seen: set[tuple[object, ...]] = set()
     for index, row in enumerate(rows):
         amiss = _amiss(row)

@@ -142,8 +142,8 @@ def make_record(
     load_seconds: float | None = None,
     partial: bool = False,
 ) -> BenchRecord:
-    """The record of what was measured here and now: `samples` in milliseconds and `stages` by backend and batch size,
-    `loads` by callers as well. What has no sample has no row.
+    """The record of what was measured here and now, by backend and batch size: `samples` in milliseconds, `stages`,
+    and `loads` by callers as well. What has no sample has no row.
     """
     manifest = artifact.manifest
     return BenchRecord(
@@ -179,7 +179,7 @@ def make_record(
             if values
         ),
         not_run=not_run,
-        file_nbytes=_file_nbytes(artifact, {(key[0], key[1]) for key in (*samples, *loads)}),
+        file_nbytes=_file_nbytes(artifact, (*samples, *((backend, batch) for backend, batch, _ in loads))),
         cold=tuple(cold),
         cold_not_run=dict(cold_not_run),
         seconds=seconds,
@@ -192,9 +192,11 @@ def make_record(
                 len(load.latencies_ms),
                 batch * len(load.latencies_ms) / load.seconds,
                 summarise_latency(load.latencies_ms, batch),
-                tuple(load.latencies_ms),
+                load.latencies_ms,
             )
-            for (backend, batch, callers), load in loads.items()
+            for (backend, batch, callers), load in sorted(
+                loads.items(), key=lambda item: (item[0][1], list(conditions).index(item[0][0]), item[0][2])
+            )
         ),
         load_seconds=load_seconds,
         partial=partial,
@@ -202,8 +204,8 @@ def make_record(
 
 
 def _summarise_stages(samples: Sequence[StageTimes]) -> Stages:
-    medians = (statistics.median(getattr(times, stage) for times in samples) for stage in STAGES)
-    return Stages(*medians, tuple(samples))
+    medians = {stage: statistics.median(getattr(times, stage) for times in samples) for stage in STAGES}
+    return Stages(**medians, samples=tuple(samples))
 
 
 def _file_nbytes(artifact: Artifact, keys: Iterable[tuple[str, int]]) -> dict[str, int]:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,16 +21,15 @@ WARMUP_S = 0.25
 """The least time under load before a slice is measured."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Load:
     """What was measured of one backend at one batch size and number of callers, in one slice or several."""
 
     seconds: float = 0.0
-    latencies_ms: list[float] = field(default_factory=list)
+    latencies_ms: tuple[float, ...] = ()
 
-    def add(self, other: Load) -> None:
-        self.seconds += other.seconds
-        self.latencies_ms.extend(other.latencies_ms)
+    def __add__(self, other: Load) -> Load:
+        return Load(self.seconds + other.seconds, self.latencies_ms + other.latencies_ms)
 
 
 Loads = MutableMapping[tuple[str, int, int], Load]
@@ -65,13 +64,12 @@ def measure_throughput(
     for batch in batches:
         inputs = draw_inputs(encoders, batch, generator)
         for count in callers:
-            measured = dict.fromkeys(names, 0.0)
             for _ in range(SLICES):
                 for name in (names[place] for place in generator.permutation(len(names))):
-                    if measured[name] < seconds:
-                        load = run_slice(encoders[name], inputs, count, seconds / SLICES)
-                        loads.setdefault((name, batch, count), Load()).add(load)
-                        measured[name] += load.seconds
+                    before = loads.get((name, batch, count), Load())
+                    if before.seconds < seconds:
+                        # One assignment, so that an interruption leaves no half of it.
+                        loads[name, batch, count] = before + run_slice(encoders[name], inputs, count, seconds / SLICES)
                     progress()
 
 
@@ -137,7 +135,7 @@ class Slice:
         """What was measured, once the window is closed."""
         if self._opened_ns is None or self._closed_ns is None:
             raise ValueError("the window is not closed")
-        return Load((self._closed_ns - self._opened_ns) / 1e9, self._latencies_ms)
+        return Load((self._closed_ns - self._opened_ns) / 1e9, tuple(self._latencies_ms))
 
     def _warm_up(self, caller: int, began_ns: int, ended_ns: int) -> None:
         self._first_ns = began_ns if self._first_ns is None else min(self._first_ns, began_ns)

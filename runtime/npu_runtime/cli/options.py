@@ -12,6 +12,9 @@ import click
 from npu_runtime.devices import parse_device
 from npu_runtime.devices.numerics import NUMERICS
 
+MOST_CALLERS = 1000
+"""Threads that a load may have; systems refuse some thousands."""
+
 artifact_argument = click.argument("artifact", metavar="ARTIFACT")
 device_option = click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run.")
 threads_option = click.option(
@@ -58,6 +61,14 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
     return prepared
 
 
+def parse_callers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """`1,2,4` as numbers of callers, each once; None where the option was not given."""
+    numbers = parse_batches(context, parameter, value)
+    if numbers is not None and not all(1 <= number <= MOST_CALLERS for number in numbers):
+        raise click.BadParameter(f"expected numbers from 1 to {MOST_CALLERS}, got {value!r}", context, parameter)
+    return None if numbers is None else tuple(dict.fromkeys(numbers))
+
+
 def parse_batches(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """`1,4,8` as numbers; None where the option was not given."""
     if value is None:
@@ -66,3 +77,16 @@ def parse_batches(context: click.Context, parameter: click.Parameter, value: str
     if not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"expected whole numbers such as 1,4,8, got {value!r}", context, parameter)
     return tuple(int(part) for part in parts)
+
+
+def parse_seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds of a measurement; None where the option was not given."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86_400:
+        raise click.BadParameter(f"expected seconds from 0.1 to a day, 86400, got {value!r}", context, parameter)
+    return seconds
