@@ -16,6 +16,7 @@ COMMANDS = {
     "parity": "Step by step from eager to the device, on seeds and images; names what is to blame.",
     "show": "What a record says, and how it differs from another.",
     "bench": "Latency of eager and exported, side by side.",
+    "report": "Records as one HTML page and Markdown, in English or Chinese.",
     "embed": "Features of image files.",
     "doctor": "What this machine can run, and what to do about the rest.",
 }
