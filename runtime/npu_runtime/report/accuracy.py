@@ -9,7 +9,7 @@ from npu_runtime.parity.metrics import ImageMetrics
 from npu_runtime.parity.records import Localisation, OutputParity, ParityRecord, Step
 from npu_runtime.parity.token_errors import PERCENTS
 from npu_runtime.report.context import Context, Labelled
-from npu_runtime.report.document import Block, Figure, Section, Table, Text, Tone, columns, paragraph
+from npu_runtime.report.document import Block, Column, Figure, Section, Table, Text, Tone, columns, paragraph
 from npu_runtime.report.evidence import exported_steps
 from npu_runtime.report.plots import LimitedRow, SpreadRow, draw_limits, draw_points, draw_quantiles
 from npu_runtime.report.spell import (
@@ -56,12 +56,16 @@ def accuracy(context: Context) -> Section:
 
 def _run(context: Context, given: Labelled, record: ParityRecord) -> list[Block]:
     say = context.say
-    blocks: list[Block] = [paragraph(say("accuracy.told")), _ladder(context, given, record)]
-    blocks += _limits_figure(context, given, record)
-    blocks.append(_figures(context, given, record))
-    blocks += _token_spread(context, given, record)
-    blocks += _image_spread(context, given, record)
-    blocks += _profile(context, given, record)
+    tokens, images = _token_spread(context, given, record), _image_spread(context, given, record)
+    spread = [*_limits_figure(context, given, record), *tokens, *images]
+    blocks: list[Block] = [
+        paragraph(say("accuracy.told")),
+        _ladder(context, given, record),
+        *(block for block in spread if isinstance(block, Figure)),
+        _figures(context, given, record),
+        *(block for block in spread if not isinstance(block, Figure)),
+        *_profile(context, given, record),
+    ]
     for localised in record.localised:
         blocks += _localised(context, given, localised)
     if not record.localised:
@@ -72,38 +76,29 @@ def _run(context: Context, given: Labelled, record: ParityRecord) -> list[Block]
 def _ladder(context: Context, given: Labelled, record: ParityRecord) -> Table:
     """A row for each check of each step."""
     say = context.say
-    heads = columns(
-        [say(f"column.{name}") for name in ("step", "adds", "against", "output", "metric")],
-        [say(f"column.{name}") for name in ("images", "value", "limit")],
-    ) + columns([say("column.verdict")])
+    names = ("step", "output", "metric", "value", "limit", "verdict", "images", "adds", "against")
+    heads = tuple(Column(say(f"column.{name}"), name in ("value", "limit", "images")) for name in names)
     rows = []
     for step in record.steps:
-        names = (Text(_with_batch(context, step)), Text(say(f"cause.{step.cause}")))
+        session, cause = Text(_with_batch(context, step)), Text(say(f"cause.{step.cause}"))
+        baseline = Text(context.baseline(record, step))
         if not step.outputs:
             tone: Tone = "absent" if step.status == "not run" else "fail"
-            unknown = (Text("–"),) * 3 + (number("–"),) * 3
-            rows.append((*names, *unknown, Text(say(f"status.{step.status}"), tone)))
+            status = Text(say(f"status.{step.status}"), tone)
+            rows.append((session, *(Text("–"),) * 2, *(number("–"),) * 2, status, number("–"), cause, Text("–")))
         for output in step.whole_outputs:
-            first = (*names, Text(context.baseline(record, step)), Text(output.output, "code"))
-            images = number(str(output.metrics.images))
+            first, images = (session, Text(output.output, "code")), number(str(output.metrics.images))
             for check in output.checks:
-                said = verdict(say, check.passed)
+                judged = verdict(say, check.passed)
                 if step.status == "interrupted":
-                    said = Text(say("status.interrupted"), "warn")
-                rows.append(
-                    (
-                        *first,
-                        Text(say(f"metric.{check.metric}")),
-                        images,
-                        number(spell_error(check.value)),
-                        number(spell_limit(check.limit)),
-                        said,
-                    )
-                )
+                    judged = Text(say("status.interrupted"), "warn")
+                figures = (number(spell_error(check.value)), number(spell_limit(check.limit)))
+                metric = Text(say(f"metric.{check.metric}"))
+                rows.append((*first, metric, *figures, judged, images, cause, baseline))
             if not output.checks:
-                unjudged = (number("–"), number("–"), Text(say("no limit"), "fail"))
-                rows.append((*first, Text("–"), images, *unjudged))
-    return Table(say("table.ladder", label=given.label), heads, tuple(rows), given.command)
+                judged = Text(say("no limit"), "fail")
+                rows.append((*first, Text("–"), number("–"), number("–"), judged, images, cause, baseline))
+    return Table(say("table.ladder", label=given.label), heads, tuple(rows), given.command, grouped=2)
 
 
 def _with_batch(context: Context, step: Step) -> str:
@@ -150,7 +145,7 @@ def _figures(context: Context, given: Labelled, record: ParityRecord) -> Table:
         for step in record.steps
         for output in step.outputs
     )
-    return Table(say("table.figures", label=given.label), heads, rows, given.command)
+    return Table(say("table.figures", label=given.label), heads, rows, given.command, grouped=2)
 
 
 def _token_spread(context: Context, given: Labelled, record: ParityRecord) -> list[Block]:
@@ -183,7 +178,7 @@ def _token_spread(context: Context, given: Labelled, record: ParityRecord) -> li
         largest = spell_error(max(bar.values[-1] for bar in bars))
         description = say("figure.tokens.alt", rows=len(bars), largest=largest)
         blocks.append(Figure(svg, description, say("figure.tokens", label=given.label), given.command))
-    return [*blocks, Table(say("table.tokens", label=given.label), heads, tuple(rows), given.command)]
+    return [*blocks, Table(say("table.tokens", label=given.label), heads, tuple(rows), given.command, grouped=1)]
 
 
 def _image_spread(context: Context, given: Labelled, record: ParityRecord) -> list[Block]:
@@ -252,7 +247,9 @@ def _profile(context: Context, given: Labelled, record: ParityRecord) -> list[Bl
         for output in step.whole_outputs
         for check in output.profile
     )
-    return [Table(say("table.profile", profile=record.profile, label=given.label), heads, rows, given.command)]
+    return [
+        Table(say("table.profile", profile=record.profile, label=given.label), heads, rows, given.command, grouped=2)
+    ]
 
 
 def _localised(context: Context, given: Labelled, localised: Localisation) -> list[Block]:

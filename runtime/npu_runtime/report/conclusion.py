@@ -13,7 +13,7 @@ from npu_runtime.report.context import Context, Labelled
 from npu_runtime.report.document import Bullets, Section, Table, Text, columns
 from npu_runtime.report.messages import Say
 from npu_runtime.report.performance import fastest
-from npu_runtime.report.spell import absent, spell_check, spell_ms, spell_speedup
+from npu_runtime.report.spell import absent, spell_check, spell_cosine, spell_ms, spell_speedup
 
 Item = tuple[Text, ...]
 
@@ -87,7 +87,7 @@ def _speed_cell(context: Context) -> Text:
     if row.over_eager is None:
         return Text(told)
     speedup = say(
-        "speed.over eager", speedup=spell_speedup(row.over_eager), verdict=_verdict(say, row.over_eager.verdict)
+        "speed.over eager", speedup=spell_speedup(say, row.over_eager), verdict=_verdict(say, row.over_eager.verdict)
     )
     return Text(told + speedup)
 
@@ -212,7 +212,7 @@ def _parity_conclusion(context: Context, given: Labelled, record: ParityRecord) 
         yield (Text(say("note.partial", label=given.label), "warn"),)
     cosines = [o.metrics.min_cosine for s in record.steps for o in s.whole_outputs if s.device == record.device]
     if cosines:
-        yield (Text(say("conclusion.cosine", label=given.label, cosine=f"{min(cosines):.8f}")),)
+        yield (Text(say("conclusion.cosine", label=given.label, cosine=spell_cosine(min(cosines)))),)
 
 
 def _bench_conclusion(context: Context, given: Labelled, record: BenchRecord) -> Iterator[Item]:
@@ -228,4 +228,4 @@ def _bench_conclusion(context: Context, given: Labelled, record: BenchRecord) ->
         judged = row.over_eager
         tones = {"faster": "pass", "slower": "fail", "same": "plain", "undecided": "warn"}
         verdict = Text(_verdict(say, judged.verdict), tones[judged.verdict])  # type: ignore[arg-type]
-        yield Text(told), Text(say("conclusion.speedup", speedup=spell_speedup(judged))), verdict
+        yield Text(told), Text(say("conclusion.speedup", speedup=spell_speedup(say, judged))), verdict

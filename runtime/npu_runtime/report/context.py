@@ -55,7 +55,7 @@ class Context:
 
     def facts(self, caption: str, pairs: Iterable[tuple[str, Text]], command: int | None = None) -> Table:
         """A table of two columns: what, and what it is."""
-        heads = (Column(self.say("column.item")), Column(self.say("column.value")))
+        heads = (Column(self.say("column.item")), Column(self.say("column.fact")))
         return Table(caption, heads, tuple((Text(name), value) for name, value in pairs), command)
 
     def title(self, step: Step) -> str:

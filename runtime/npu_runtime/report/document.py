@@ -47,10 +47,25 @@ class Table:
     rows: tuple[tuple[Text, ...], ...]
     command: int | None = None
     """Number of the command that reproduces it; None where its figures are not those of a run."""
+    grouped: int = 0
+    """Leading columns whose equal cells in a row below each other are one on the page."""
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):
             raise ValueError(f"rows of {self.caption!r} have other lengths than its {len(self.columns)} columns")
+
+    def placed(self) -> list[list[tuple[Column, Text, int]]]:
+        """The cells of each row with their columns and the rows that they reach down, grouped ones once."""
+        found = [[1] * len(self.columns) for _ in self.rows]
+        for index in range(len(self.rows) - 1, 0, -1):
+            for column in range(self.grouped):
+                if self.rows[index][: column + 1] != self.rows[index - 1][: column + 1]:
+                    break
+                found[index - 1][column] += found[index][column]
+                found[index][column] = 0
+        return [
+            [placed for placed in zip(self.columns, row, spans) if placed[2]] for row, spans in zip(self.rows, found)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +145,6 @@ class Report:
     lead: tuple[Text, ...]
     """Under the title: what the report is made of."""
     sections: tuple[Section, ...]
-
-
-def plain(*texts: str) -> tuple[Text, ...]:
-    return tuple(Text(text) for text in texts)
 
 
 def paragraph(*parts: Text | str) -> Paragraph:

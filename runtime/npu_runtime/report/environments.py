@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 
 from npu_runtime.backends.base import SessionReport
 from npu_runtime.bench.records import BenchRecord
 from npu_runtime.report.context import Context, Labelled
-from npu_runtime.report.document import Column, Section, Table, Text, paragraph
+from npu_runtime.report.document import Column, Section, Table, Text, Tone, paragraph
 from npu_runtime.report.spell import absent, spell_error
 
 HOST = ("host", "processor", "machine", "cores_usable", "system", "load_average_1min")
@@ -17,31 +17,45 @@ HOST = ("host", "processor", "machine", "cores_usable", "system", "load_average_
 
 def environment(context: Context) -> Section:
     say, manifest = context.say, context.subject.manifest
-    described = {given.label: dict(_describe(context, given)) for given in context.records}
+    machines: dict[str, Mapping[str, object]] = {
+        given.label: dict(_describe(context, given)) for given in context.records
+    }
+    versions = {given.label: _mapping(given.record.environment.get("versions")) for given in context.records}
+    variables = {given.label: _mapping(given.record.environment.get("variables")) for given in context.records}
     if manifest is not None:
-        versions: dict[str, object] = {
-            f"version.{name}": version for name, version in manifest.provenance.versions.items()
-        }
-        described = {say("kind.export"): versions, **described}
-    if not described:
-        return context.section("environment", paragraph(absent(say, "not recorded")))
-    heads = (Column(say("column.item")), *(Column(label) for label in described))
-    names = list(dict.fromkeys(name for values in described.values() for name in values))
-    names.sort(key=lambda name: name.startswith(("version.", "variable.")))
-    rows = []
-    for name in names:
-        kind, _, package = name.partition(".")
-        head = package if kind == "version" else package if kind == "variable" else say(f"environment.{name}")
-        cells = [
-            Text(str(values[name]), "code" if kind in ("version", "variable", "path") else "plain")
-            if values.get(name) not in (None, "")
-            else absent(say, "not recorded")
-            for values in described.values()
-        ]
-        rows.append((Text(head), *cells))
-    return context.section(
-        "environment", paragraph(say("environment.told")), Table(say("table.environment"), heads, tuple(rows))
-    )
+        versions = {say("kind.export"): manifest.provenance.versions, **versions}
+    tables = [
+        _side_by_side(context, say("table.environment"), machines, lambda name: say(f"environment.{name}"), "plain"),
+        _side_by_side(context, say("table.versions"), versions, str, "code"),
+        _side_by_side(context, say("table.variables"), variables, str, "code"),
+    ]
+    found = [table for table in tables if table is not None]
+    told = paragraph(say("environment.told") if found else absent(say, "not recorded"))
+    return context.section("environment", told, *found)
+
+
+def _side_by_side(
+    context: Context, caption: str, values: Mapping[str, Mapping[str, object]], head: Callable[[str], str], tone: Tone
+) -> Table | None:
+    """A column for each record, a row for each name that any of them has; None where none has one."""
+    say, names = context.say, list(dict.fromkeys(name for found in values.values() for name in found))
+    if not names:
+        return None
+    rows = [
+        (
+            Text(head(name)),
+            *(
+                absent(say, "not recorded") if found.get(name) in (None, "") else Text(str(found[name]), tone)
+                for found in values.values()
+            ),
+        )
+        for name in names
+    ]
+    return Table(caption, (Column(say("column.item")), *(Column(label) for label in values)), tuple(rows))
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _describe(context: Context, given: Labelled) -> Iterator[tuple[str, object]]:
@@ -72,11 +86,6 @@ def _describe(context: Context, given: Labelled) -> Iterator[tuple[str, object]]
     ]
     if graphs:
         yield "graphs", say.join(graphs)
-    for kind, field in (("version", "versions"), ("variable", "variables")):
-        values = record.environment.get(field)
-        if isinstance(values, Mapping):
-            for name, value in values.items():
-                yield f"{kind}.{name}", value
 
 
 def _settings(conditions: Mapping[str, SessionReport]) -> str:

@@ -55,7 +55,7 @@ def _latency(context: Context, given: Labelled, record: BenchRecord) -> list[Blo
             Text(row.backend, "code"),
             number(str(row.batch)),
             *map(number, _statistics(row)),
-            number("–" if row.over_eager is None else spell_speedup(row.over_eager)),
+            number("–" if row.over_eager is None else spell_speedup(say, row.over_eager)),
             _verdict(context, row),
         )
         for row in record.rows

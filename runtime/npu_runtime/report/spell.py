@@ -35,8 +35,10 @@ def spell_share(value: float) -> str:
 
 
 def spell_cosine(value: float) -> str:
-    """With as many digits as float32's precision bears."""
-    return f"{value:.8f}" if math.isfinite(value) else spell_error(value)
+    """With as many digits as float32's precision bears; nearer to 1, as its distance from it."""
+    if not math.isfinite(value):
+        return spell_error(value)
+    return f"1 − {1 - value:.1e}" if 0 < 1 - value < 1e-6 else f"{value:.8g}"
 
 
 def spell_ms(value: float) -> str:
@@ -66,11 +68,12 @@ def spell_check(say: Say, check: Check) -> str:
     )
 
 
-def spell_speedup(comparison: Comparison) -> str:
+def spell_speedup(say: Say, comparison: Comparison) -> str:
     """`2.27 × [2.20, 2.31]`."""
-    interval = comparison.interval
-    told = "" if interval is None else f" [{interval.low:.2f}, {interval.high:.2f}]"
-    return f"{comparison.speedup:.2f} ×{told}"
+    interval, speedup = comparison.interval, f"{comparison.speedup:.2f}"
+    if interval is None:
+        return say("speedup", speedup=speedup)
+    return say("speedup.interval", speedup=speedup, low=f"{interval.low:.2f}", high=f"{interval.high:.2f}")
 
 
 def verdict(say: Say, passed: bool) -> Text:

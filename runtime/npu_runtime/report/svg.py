@@ -1,4 +1,4 @@
-"""matplotlib's figures as SVG elements that take colours and fonts from the page, so that one serves light, dark and print."""
+"""matplotlib's figures as SVG elements whose colours and fonts are the page's: one serves light, dark and print."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ MESSAGES: Mapping[str, str] = {
     "parity.failed": "不通过",
     "parity.undecided": "无结论",
     "speed": "{backend}，批大小 {batch}：{median} ms",
-    "speed.over eager": "，为 eager 的 {speedup}，{verdict}",
+    "speed.over eager": "，速度为 eager 的 {speedup}，{verdict}",
     # 简介
     "introduction.exported": "将 {encoder} 以 {precision} 精度导出为固定形状的程序（{formats}），批大小为 {batches}。"
     "权重文件中的每个张量要么恰好使用一次，要么按明确的规则丢弃；网络的每个参数均已赋值。",
@@ -68,6 +68,7 @@ MESSAGES: Mapping[str, str] = {
     "table.weights": "权重来源",
     "table.artifact": "导出产物",
     "column.item": "项目",
+    "column.fact": "内容",
     "fact.source": "来源",
     "fact.layout": "键名布局",
     "fact.prefix": "键名前缀",
@@ -96,7 +97,11 @@ MESSAGES: Mapping[str, str] = {
     "fact.revision": "npu-export 版本号（git）",
     # 环境信息
     "environment.told": "以下为各记录自身所记的运行环境。",
-    "table.environment": "机器、设备、软件版本与设置",
+    "table.environment": "机器、设备与设置",
+    "table.versions": "软件版本",
+    "table.variables": "影响程序运行的环境变量",
+    "speedup": "{speedup} 倍",
+    "speedup.interval": "{speedup} 倍 [{low}, {high}]",
     "environment.path": "文件",
     "environment.device": "设备",
     "environment.accelerator": "加速器",
@@ -150,7 +155,8 @@ MESSAGES: Mapping[str, str] = {
     "picture.figures": "{session}，{output}：最大绝对误差 {error}，平均余弦相似度 {cosine}",
     # 精度
     "accuracy.none": "精度：未测量。未提供 parity 或 verify 的记录。",
-    "accuracy.told": "每一步只比前一步多引入一个因素，首个超出容差的步骤即指明误差来源。容差在运行前设定，误差以 float64 计算。",
+    "accuracy.told": "每一步只比前一步多引入一个因素，首个超出容差的步骤即指明误差来源。"
+    "容差在运行前设定，误差以 float64 计算。",
     "table.ladder": "逐步对比、容差与结论：{label}",
     "column.step": "步骤",
     "column.adds": "引入因素",
@@ -179,7 +185,7 @@ MESSAGES: Mapping[str, str] = {
     "metric.mean_cosine": "平均余弦相似度",
     "metric.min_cosine": "最小余弦相似度",
     "metric.mean_relative_error": "平均相对误差",
-    "metric.trimmed_relative_error": "平均相对误差（剔除最大的 5 %）",
+    "metric.trimmed_relative_error": "截尾平均相对误差（5 %）",
     "metric.top1_agreement": "Top-1 一致率",
     "metric.top5_agreement": "Top-5 一致率",
     "metric.neighbours_kept": "近邻保持率",
@@ -194,11 +200,13 @@ MESSAGES: Mapping[str, str] = {
     "worst token": "{input} 的第 {token} 个",
     "axis.token error": "单个 token 的相对 L2 误差",
     "figure.tokens": "token 误差分布（最小至最大、1～99 %、5～95 %、25～75 %、中位数）：{label}",
-    "figure.tokens.alt": "对数坐标下 {rows} 行嵌套条形，表示 token 相对 L2 误差的分位数；最大误差为 {largest}。具体数值见下表。",
+    "figure.tokens.alt": "对数坐标下 {rows} 行嵌套条形，表示 token 相对 L2 误差的分位数；最大误差为 {largest}。"
+    "具体数值见下表。",
     "table.images": "误差最大的图片：{label}",
     "axis.image error": "单张图片的相对 L2 误差",
     "figure.images": "各图片的误差（每张图片一个点）：{label}",
-    "figure.images.alt": "对数坐标下 {points} 个点，表示每张图片各输出的相对 L2 误差；最大值为 {largest}。误差最大的图片见下表。",
+    "figure.images.alt": "对数坐标下 {points} 个点，表示每张图片各输出的相对 L2 误差；最大值为 {largest}。"
+    "误差最大的图片见下表。",
     "more images": "共 {all} 项，此处列出误差最大的 {shown} 项，其余见记录文件。",
     "table.profile": "参考标准 {profile}（仅供对照，不影响结论）：{label}",
     "column.criterion": "标准",
@@ -213,7 +221,8 @@ MESSAGES: Mapping[str, str] = {
     "localised.probed alone": "仅在读取内部数值时输出超出容差。",
     # 性能
     "performance.none": "性能：未测量。未提供 bench 的记录。",
-    "performance.told": "在 {device} 上以 {threads} 个 CPU 线程测量 numpy 到 numpy 的完整调用；每轮按随机顺序各运行一次所有后端，"
+    "performance.told": "在 {device} 上以 {threads} 个 CPU 线程测量 numpy 到 numpy 的完整调用；"
+    "每轮按随机顺序各运行一次所有后端，"
     "预热 {warmup} 轮，保留 {rounds} 轮（含有噪声的轮次）。加速比为各轮比值的中位数及其 95 % 置信区间。",
     "latency.none": "时延：未测量。",
     "column.backend": "后端",
@@ -295,5 +304,5 @@ MESSAGES: Mapping[str, str] = {
     "conclusion.undecided": "{label}：无结论，{device} 上没有完整运行。",
     "conclusion.cosine": "{label}：输出向量的最小余弦相似度为 {cosine}。",
     "conclusion.latency": "{label}：{backend}，批大小 {batch}，时延 {median} ms。",
-    "conclusion.speedup": "为 eager 的 {speedup}：",
+    "conclusion.speedup": "速度为 eager 的 {speedup}：",
 }
