@@ -52,7 +52,7 @@ def draw_bars(identifier: str, series: Sequence[Series], *, x_title: str, y_titl
                 color=SERIES[index % len(SERIES)],
                 hatch=HATCHES[index % len(HATCHES)],
                 edgecolor=PAPER,
-                label=words(line.name),
+                label=words(line.name, 24),
             )
             _error_bars(axes, at, line.points)
         axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
@@ -78,7 +78,7 @@ def draw_lines(identifier: str, series: Sequence[Series], *, x_title: str, y_tit
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=5,
                 linewidth=1.5,
-                label=words(line.name),
+                label=words(line.name, 24),
             )
             _error_bars(axes, at, points)
         axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
@@ -216,5 +216,5 @@ def _log_rows(
     axes.grid(axis="x")
     axes.set_axisbelow(True)
     for index, name in enumerate(names):
-        axes.text(first - 0.72, index - 0.3, words(name), va="bottom", fontsize=8)
+        axes.text(first - 0.72, index - 0.3, words(name), va="bottom", fontsize=8, in_layout=False)
     return scale

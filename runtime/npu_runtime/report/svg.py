@@ -44,7 +44,10 @@ class Words:
 
     put: dict[str, str] = field(default_factory=dict)
 
-    def __call__(self, text: str) -> str:
+    def __call__(self, text: str, most: int = 60) -> str:
+        """The stand-in of a text, which is cut where it is longer than `most` letters."""
+        text = " ".join(text.split())
+        text = text if len(text) <= most else f"{text[: most - 1]}…"
         width = sum(1.6 if unicodedata.east_asian_width(letter) in "WF" else 0.95 for letter in text)
         standin = f"q{len(self.put)}q".ljust(round(width), "n")
         self.put[standin] = text
