@@ -33,6 +33,7 @@ atexit.register(report)
 """
 HEAVY = {
     *("torch", "onnxruntime", "onnx", "onnxscript", "PIL", "timm", "transformers", "torchvision", "matplotlib"),
+    *("jinja2", "markupsafe"),
     *("rich", "click", "safetensors", "huggingface_hub"),
 }
 
@@ -165,6 +166,22 @@ def test_without_the_exporters_packages_bench_lists_eager_as_not_run(moved_artif
         assert reason in record["not_run"]["eager"]
     named = run_blocked(EXPORTER_PACKAGES, *arguments, "--backend", "eager", "--json", before=tiny_is_known)
     assert named.returncode == 4
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_without_its_packages_a_report_exits_with_4_and_says_how_to_install_them(tmp_path: Path, missing: str) -> None:
+    record = TESTS / "data" / "records" / "bench-1.0.json"
+    run = run_blocked((missing,), "npu-runtime", "report", record, "--output", tmp_path / "r.html", "--json")
+    assert run.returncode == 4, run.stderr
+    error = json.loads(run.stdout)["error"]
+    assert error["what"] == f"a report needs the package {missing}, which is not installed"
+    assert error["next"] == "pip install 'npu-export[report]'"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_of_report_loads_neither_matplotlib_nor_jinja2() -> None:
+    loaded = loaded_by("from npu_runtime.cli import main; sys.argv = ['npu-runtime', 'report', '--help']; main()")
+    assert loaded <= {"click", "rich"}
 
 
 def test_without_timm_an_export_exits_with_4_and_says_how_to_install_it(tmp_path: Path) -> None:

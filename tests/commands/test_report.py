@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from pages import Page, markdown_tables
 
 from npu_export.pipeline import export
-from npu_runtime.bench.records import read_record as read_bench
+from npu_runtime.bench.record_files import read_record as read_bench
 from npu_runtime.parity.record_files import read_record as read_parity
 from npu_runtime.report.messages import LANGUAGES
 
@@ -261,7 +261,7 @@ def test_texts_of_records_are_shown_and_never_obeyed(call: Callable[..., Any], m
     ("text", "told"),
     [
         ("", "not JSON"),
-        ("[]", "no record"),
+        ("[]", "no record that a report is made of"),
         ("{}", "no record that a report is made of"),
         ('{"record": "embed"}', '"record": "embed"'),
         ('{"record": "parity", "schema": "2.0"}', "schema 1.x"),

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "onnxruntime", "onnx", "timm", "transformers", "PIL", "matplotlib", "safetensors", "npu_export")
+HEAVY = (
+    *("torch", "onnxruntime", "onnx", "timm", "transformers", "PIL", "matplotlib", "jinja2", "safetensors"),
+    "npu_export",
+)
 
 
 def run_blocked(code: str, blocked: tuple[str, ...], *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -88,7 +88,7 @@ def test_chinese_messages_are_chinese() -> None:
 def test_every_message_is_used_and_every_one_that_is_used_is_there() -> None:
     sources = [path for path in SOURCES if path.suffix in (".py", ".j2") and path.stem not in LANGUAGES]
     code = "".join(path.read_text("utf-8") for path in sources)
-    quoted = set(re.findall(r'"([^"\n]+)"', code))
+    quoted = {*re.findall(r'"([^"\n]+)"', code), *re.findall(r"'([^'\n]+)'", code)}
     prefixes = tuple(set(re.findall(r'f"([a-z ]+\.)\{', code)))
     unused = {key for key in LANGUAGES["en"] if key not in quoted and not key.startswith(prefixes)}
     assert unused == set()
@@ -126,6 +126,7 @@ def test_loads_and_stages_are_shown(bench: BenchRecord) -> None:
     record = dataclasses.replace(
         bench, device="npu:0", rows=(staged, *bench.rows[1:]), throughput=loads, load_seconds=5.0, partial=True
     )
+    assert "--callers 1,2,4 --seconds 5 --cold" in bench_command(record)
     _, html, _ = report_of(record)
     page = Page(html)
     tables = {table.all("caption")[0].text: table for table in page.all("table")}

@@ -67,6 +67,10 @@ def bench_command(record: BenchRecord) -> str:
     parts += ["--batch", _list(record.batches)]
     parts += ["--iterations", str(record.iterations), "--warmup", str(record.warmup)]
     parts += ["--adaptive"] if record.adaptive else []
+    if record.throughput:
+        parts += ["--callers", _list(dict.fromkeys(row.callers for row in record.throughput))]
+    if record.load_seconds is not None:
+        parts += ["--seconds", f"{record.load_seconds:g}"]
     parts += ["--cold"] if record.cold or record.cold_not_run else []
     parts += ["--threads", str(record.threads), *_device(record.device)]
     parts += ["--numerics", record.numerics] if record.numerics != "strict" else []

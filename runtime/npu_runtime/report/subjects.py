@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from npu_runtime.artifact.codec import decode_manifest
 from npu_runtime.artifact.schema import MANIFEST_NAME, Manifest, Precision, Weights
 from npu_runtime.artifact.store import sha256_file
+from npu_runtime.bench.record_files import decode_record as decode_bench
 from npu_runtime.bench.records import BenchRecord
-from npu_runtime.bench.records import decode_record as decode_bench
 from npu_runtime.errors import Error
 from npu_runtime.parity.record_files import decode_record as decode_parity
 from npu_runtime.parity.records import ParityRecord
+from npu_runtime.structured import read_record_name, read_record_text
 
-HINT = "pass what npu-runtime parity, verify or bench wrote with --record, and artifacts or their manifest.json"
+DECODERS: Mapping[str, Callable[[str, str], ParityRecord | BenchRecord]] = {
+    "parity": decode_parity,
+    "bench": decode_bench,
+}
+"""What a record says that it is -> how it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,32 +106,17 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
 
 
 def _read(file: Path) -> Manifest | ParityRecord | BenchRecord:
-    try:
-        text = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise Error("the record is no text", where=file, got=error, hint=HINT) from error
-    document = _parse(text, file)
-    kind = document.get("record")
-    if kind == "parity":
-        return decode_parity(text, str(file))
-    if kind == "bench":
-        return decode_bench(text, str(file))
-    if kind is None and {"schema", "encoder", "programs"} <= document.keys():
-        return decode_manifest(text, str(file))
+    text, where = read_record_text(file), str(file)
+    name = read_record_name(text, where)
+    if name is not None and name in DECODERS:
+        return DECODERS[name](text, where)
+    document = json.loads(text)
+    if isinstance(document, dict) and {"schema", "encoder", "programs"} <= document.keys() and name is None:
+        return decode_manifest(text, where)
     raise Error(
         "this is no record that a report is made of",
-        where=file,
-        expected='"record": "parity" or "bench", or an artifact\'s manifest.json',
-        got=f'"record": {json.dumps(kind)}' if "record" in document else ", ".join(document)[:80] or "nothing",
-        hint=HINT,
+        where=where,
+        expected=f'"record": {" or ".join(DECODERS)}, or an artifact\'s {MANIFEST_NAME}',
+        got=f'"record": "{name}"' if name is not None else text[:80],
+        hint="pass what npu-runtime parity, verify or bench wrote with --record or --json, and artifacts",
     )
-
-
-def _parse(text: str, file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Error("the record is not JSON", where=file, got=error, hint=HINT) from error
-    if not isinstance(document, dict):
-        raise Error("this is no record", where=file, expected="a JSON object", got=text[:40], hint=HINT)
-    return document
