@@ -15,7 +15,7 @@ TAGS = {"en": "en", "zh": "zh-Hans"}
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """The messages of one language: `say("key", name=value)` is the text with its names filled in."""
+    """The messages of one language: `say("speedup", speedup="2.27")` is the text with its places filled."""
 
     language: str
 
