@@ -26,7 +26,7 @@ FLAGS = (
     "--disable-sync",
     "--remote-debugging-pipe",
 )
-PATIENCE_S = 60
+PATIENCE_S = 180
 
 
 def find_chromium() -> str | None:

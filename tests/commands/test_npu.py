@@ -122,6 +122,7 @@ def test_the_ladder_of_every_family_passes_from_eager_to_the_device(family_artif
     record = json.loads(done.stdout)
     assert [step["baseline"] for step in record["steps"]] == ["stored reference", *["eager fp32 on cpu"] * 3]
     assert record["steps"][3]["conditions"]["arithmetic"]["matmul"] < 1e-6
+    assert record["accelerator"]["name"]
 
 
 def test_the_ladder_names_precision_for_hf32(family_artifact: Path, command: Run) -> None:
