@@ -64,6 +64,12 @@ class Context:
     def session(self, backend: str, precision: str, device: str) -> str:
         return self.say("session", backend=backend, precision=precision, device=device)
 
+    def with_batch(self, step: Step) -> str:
+        """Its title and the batch sizes that were run, where any was."""
+        if not step.batches:
+            return self.title(step)
+        return self.say("step.batch", session=self.title(step), batch=self.say.join(step.batches))
+
     def baseline(self, record: ParityRecord, step: Step) -> str:
         """What a step was compared with, in the report's language."""
         if step.baseline == STORED:
