@@ -74,6 +74,8 @@ def test_a_runtime_module_that_imports_the_exporter_is_refused(code: str, tree: 
         ("environment", "npu_runtime.bench.measure"),
         ("bench/measure", "npu_runtime.parity.metrics"),
         ("parity/verify", "npu_runtime.cli.console"),
+        ("parity/records", "npu_runtime.report.document"),
+        ("report/compose", "npu_runtime.cli.console"),
     ],
 )
 def test_a_late_import_of_a_higher_layer_is_refused(module: str, imported: str, tree: Path) -> None:
