@@ -44,19 +44,22 @@ def _run(context: Context, given: Labelled, record: BenchRecord) -> list[Block]:
 
 def _latency(context: Context, given: Labelled, record: BenchRecord) -> list[Block]:
     say = context.say
-    names = ("median", "iqr", "mean", "deviation", "least", "most", "p90", "p95", "p99", "rate")
+    first = ("batch", "median", "iqr", "rate", "speedup")
+    rest = ("mean", "deviation", "least", "most", "p90", "p95", "p99")
     heads = (
-        Column(say("column.backend")),
-        *columns((), [say("column.batch"), *(say(f"column.{name}") for name in names), say("column.speedup")]),
-        Column(say("column.verdict")),
+        *columns([say("column.backend")], [say(f"column.{name}") for name in first]),
+        *columns([say("column.verdict")], [say(f"column.{name}") for name in rest]),
     )
     rows = tuple(
         (
             Text(row.backend, "code"),
             number(str(row.batch)),
-            *map(number, _statistics(row)),
+            number(spell_ms(row.latency.median_ms)),
+            number(spell_ms(row.latency.interquartile_range_ms)),
+            number(spell_rate(row.latency.images_per_second)),
             number("–" if row.over_eager is None else spell_speedup(say, row.over_eager)),
             _verdict(context, row),
+            *map(number, _statistics(row)),
         )
         for row in record.rows
     )
@@ -93,8 +96,6 @@ def _latency(context: Context, given: Labelled, record: BenchRecord) -> list[Blo
 def _statistics(row: BenchRow) -> list[str]:
     latency = row.latency
     values = (
-        latency.median_ms,
-        latency.interquartile_range_ms,
         latency.mean_ms,
         latency.standard_deviation_ms,
         latency.minimum_ms,
@@ -103,7 +104,7 @@ def _statistics(row: BenchRow) -> list[str]:
         latency.p95_ms,
         latency.p99_ms,
     )
-    return ["–" if value is None else spell_ms(value) for value in values] + [spell_rate(latency.images_per_second)]
+    return ["–" if value is None else spell_ms(value) for value in values]
 
 
 def _verdict(context: Context, row: BenchRow) -> Text:

@@ -12,7 +12,7 @@ MESSAGES: Mapping[str, str] = {
     "title.one": "Adaptation report: {encoder} {precision}",
     "title.many": "Adaptation report: {count} encoders",
     "lead": "Made from {records} files. Every figure comes from a record; what was not measured says so.",
-    "lead.random": "It holds RANDOM weights, asked for by name: such figures show that nothing changed on the way, "
+    "lead.random": "It holds RANDOM weights: such figures show that nothing changed on the way, "
     "not what a trained encoder gives.",
     "contents": "Contents",
     "command.reference": "command {number}",

@@ -12,7 +12,7 @@ MESSAGES: Mapping[str, str] = {
     "title.one": "{encoder}（{precision}）适配报告",
     "title.many": "{count} 个编码器适配报告",
     "lead": "本报告由 {records} 个文件生成。所有数据均来自记录文件；未测量的项目均注明“未测量”。",
-    "lead.random": "其中包含按要求生成的随机权重：相关数据只能说明转换过程未引入变化，不代表训练后编码器的效果。",
+    "lead.random": "其中包含随机权重：相关数据只能说明转换过程未引入变化，不代表训练后编码器的效果。",
     "contents": "目录",
     "command.reference": "命令 {number}",
     "command.numbered": "命令 {number}：",
