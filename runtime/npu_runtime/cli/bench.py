@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Artifact, open_artifact
@@ -21,14 +20,13 @@ from npu_runtime.bench.records import BenchRecord, encode_csv, encode_record, ma
 from npu_runtime.bench.statistics import NOISY, Comparison, compare_paired, is_narrow
 from npu_runtime.cli.console import (
     StepProgress,
-    narration,
     print_conditions,
     print_line,
     print_table,
     print_weights,
     spell_nbytes,
 )
-from npu_runtime.cli.options import artifact_argument, json_option, parse_batches, run_options
+from npu_runtime.cli.options import artifact_argument, json_option, parse_batches, quiet_option, run_options
 from npu_runtime.devices import cpu_count, parse_device
 from npu_runtime.encoder import Encoder, RunOptions, load
 from npu_runtime.environment import describe_accelerator, describe_environment
@@ -66,6 +64,7 @@ if TYPE_CHECKING:
     "--against", type=click.Path(path_type=Path), metavar="OLD.json", help="Compare with the record of another run."
 )
 @run_options
+@quiet_option
 @json_option
 def command(
     artifact: str,
@@ -245,11 +244,10 @@ def _start_cold(
 
 @contextlib.contextmanager
 def _round_bar(total: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("measure"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"), TimeRemainingColumn())
-    console = narration()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+    steps = StepProgress()
+    with steps.step("measure"):
+        advance = steps.count(total, "rounds")
+        yield lambda: advance(1)
 
 
 def _print_rows(record: BenchRecord) -> None:

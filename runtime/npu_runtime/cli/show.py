@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from npu_runtime.cli.console import print_line
+from npu_runtime.cli.options import quiet_option
 from npu_runtime.cli.parity_tables import print_differences, print_parity
 from npu_runtime.parity.record_files import read_record
 
@@ -19,6 +20,7 @@ from npu_runtime.parity.record_files import read_record
     metavar="RECORD",
     help="Another record, whose figures stand beside these.",
 )
+@quiet_option
 def command(record: Path, against: Path | None) -> None:
     """Print a record that parity or verify wrote, wherever that was.
 

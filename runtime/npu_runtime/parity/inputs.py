@@ -15,6 +15,7 @@ from npu_runtime.artifact.schema import Preprocessing, TensorSpec
 from npu_runtime.artifact.store import Array, Artifact
 from npu_runtime.errors import InputError, UsageError
 from npu_runtime.preprocess import image_suffixes, read_images
+from npu_runtime.steps import Silent, Steps
 
 DEFAULT_SEEDS = (42, 123, 256, 789, 1024)
 KEPT_NBYTES = 256 << 20
@@ -116,12 +117,13 @@ def array_inputs(file: str | os.PathLike[str], spec: TensorSpec) -> list[InputSo
 class Inputs:
     """Images by number. Each is read and hashed once at the start; what cannot be read is left out and named."""
 
-    def __init__(self, sources: Sequence[InputSource]) -> None:
+    def __init__(self, sources: Sequence[InputSource], watch: Steps | None = None) -> None:
         self.records: list[InputRecord] = []
         self.skipped: list[SkippedInput] = []
         self._sources: list[InputSource] = []
         self._kept: dict[int, Array] = {}
         room = KEPT_NBYTES
+        advance = (watch or Silent()).count(len(sources), "images")
         for source in sources:
             try:
                 image = source.read()
@@ -130,6 +132,8 @@ class Inputs:
                     SkippedInput(source.name, f"{error.what}: {error.got}" if error.got else error.what)
                 )
                 continue
+            finally:
+                advance(1)
             if image.nbytes <= room:
                 self._kept[len(self._sources)] = image
                 room -= image.nbytes
