@@ -20,7 +20,7 @@ from npu_export.errors import CheckpointError
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.precision import in_precision
-from npu_export.probes import Statistics, add_probes
+from npu_export.probes import Statistics, add_probes, collect_statistics
 from npu_export.provenance import describe_provenance
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import (
@@ -32,7 +32,7 @@ from npu_runtime.artifact.schema import (
     Reference,
 )
 from npu_runtime.artifact.staging import stage
-from npu_runtime.artifact.store import Artifact, ProbeRecord, RecordedFile, open_artifact, record_file
+from npu_runtime.artifact.store import Artifact, RecordedFile, open_artifact, record_file
 from npu_runtime.devices import CPU
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import Error, ParityError
@@ -129,7 +129,7 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
         if request.precision != "fp32":
             provenance.result()  # the weights are changed next
         module = in_precision(module, request.precision)
-        statistics = None if recorder is None else _statistics(plan, network, module, recorder)
+        statistics = None if recorder is None else collect_statistics(plan, network, module, recorder)
         programs: list[Program] = []
         records: dict[str, Future[RecordedFile]] = {}
         if "torchscript" in request.formats:
@@ -232,20 +232,6 @@ def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path, steps:
 def _recorder(plan: ExportPlan, network: nn.Module) -> AbstractContextManager[BoundaryRecorder | None]:
     """Records what the network gives at its boundaries where probes are asked for."""
     return record_boundaries(network) if plan.request.probes else contextlib.nullcontext()
-
-
-def _statistics(plan: ExportPlan, network: nn.Module, module: nn.Module, recorder: BoundaryRecorder) -> Statistics:
-    """What was recorded of the reference, and the first image's in the precision of `module`."""
-    from npu_export.eager import run_eager
-
-    reference = recorder.records(len(REFERENCE_SEEDS))
-    if plan.request.precision == "fp32":
-        first = {name: ProbeRecord(r.sketch[:1], r.norm[:1]) for name, r in reference.items()}
-        return Statistics(reference, first, recorder.sizes)
-    image = seeded_images(REFERENCE_SEEDS[:1], plan.request.encoder.inputs[0].of_batch(1)[1:])
-    with record_boundaries(network) as narrow:
-        run_eager(module, image)
-    return Statistics(reference, narrow.records(1), recorder.sizes)
 
 
 def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:

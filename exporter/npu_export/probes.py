@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from npu_export.boundaries import is_block
+from npu_export.boundaries import BoundaryRecorder, is_block, record_boundaries
 from npu_export.encoders.spec import ACCELERATOR_MARGIN
-from npu_export.plan import PROBES_FILE
+from npu_export.plan import PROBES_FILE, REFERENCE_SEEDS, ExportPlan
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import MANIFEST_NAME, Boundary, Precision, Probes
 from npu_runtime.artifact.store import Array, Artifact, ProbeRecord, open_artifact, record_file
@@ -20,9 +20,13 @@ from npu_runtime.backends.probed import ProbedProgram, open_probed, rows_of
 from npu_runtime.backends.table import FORMATS
 from npu_runtime.devices import CPU
 from npu_runtime.errors import Error
+from npu_runtime.parity.inputs import seeded_images
 from npu_runtime.parity.places import measure_places
 from npu_runtime.parity.sketch import relative_errors, sketch_rows
 from npu_runtime.steps import Steps
+
+if TYPE_CHECKING:
+    from torch import nn
 
 AT_ONCE = 16
 """Values of a program that are held in memory together."""
@@ -57,6 +61,22 @@ class Found(NamedTuple):
     """Among the places of the program."""
     name: str
     error: float
+
+
+def collect_statistics(
+    plan: ExportPlan, network: nn.Module, module: nn.Module, recorder: BoundaryRecorder
+) -> Statistics:
+    """What was recorded of the reference, and the first image's in the precision of `module`."""
+    from npu_export.eager import run_eager
+
+    reference = recorder.records(len(REFERENCE_SEEDS))
+    if plan.request.precision == "fp32":
+        first = {name: ProbeRecord(r.sketch[:1], r.norm[:1]) for name, r in reference.items()}
+        return Statistics(reference, first, recorder.sizes)
+    image = seeded_images(REFERENCE_SEEDS[:1], plan.request.encoder.inputs[0].of_batch(1)[1:])
+    with record_boundaries(network) as narrow:
+        run_eager(module, image)
+    return Statistics(reference, narrow.records(1), recorder.sizes)
 
 
 def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Artifact:

@@ -33,6 +33,7 @@ class Count:
         self.total = total
         self.unit = unit
         self.done = 0
+        self._step = 1
         self._lock = threading.Lock()
         self._start_s = time.monotonic()
         self._last = (self._start_s, 0)
@@ -41,6 +42,7 @@ class Count:
     def advance(self, done: int) -> None:
         with self._lock:
             self.done += done
+            self._step = done
             self._last = time.monotonic(), self.done
             if self._last[0] - self._marks[-1][0] >= 1:
                 self._marks.append(self._last)
@@ -54,12 +56,13 @@ class Count:
         return (now - before) / (end_s - start_s) if now > before and end_s > start_s else None
 
     def left_s(self) -> float | None:
-        """Seconds that the rest will take at this rate; None before there is one."""
+        """Seconds that the rest will take at this rate; None before there is one. They run down while one is done."""
         rate = self.rate()
         if rate is None:
             return None
-        of_the_next = min(time.monotonic() - self._last[0], 1 / rate)
-        return max((self.total - self.done) / rate - of_the_next, 0.0)
+        left_s = (self.total - self.done) / rate
+        of_the_next = min(time.monotonic() - self._last[0], self._step / rate)
+        return max(left_s - of_the_next, 0.0)
 
     def __str__(self) -> str:
         """`0 of 125 rounds after 3 s`, then `40 of 125 rounds, 2.10 rounds/s, 40 s left`."""
