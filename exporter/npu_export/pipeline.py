@@ -139,14 +139,15 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
             programs += _freeze_onnx(plan, module, folder, steps)
         with steps.step("hash the files and write the manifest"):
             nbytes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-            begun = {name: record for name, record in records.items() if not record.done()}
+            begun = {name for name, record in records.items() if not record.done()}
             advance = steps.count(sum(nbytes[name] for name in nbytes if name not in records or name in begun), BYTES)
-            for name, record in begun.items():
-                record.add_done_callback(lambda _, name=name: advance(nbytes[name]))  # type: ignore[misc]
             for name in nbytes:
                 if name not in records:
                     records[name] = pool.submit(record_file, folder, name, advance)
-            recorded = [records[name].result() for name in sorted(records)]
+            recorded = []
+            for name in sorted(records):
+                recorded.append(records[name].result())
+                advance(nbytes[name] if name in begun else 0)
             files = {record.file: record for record, _ in recorded}
             hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
             numerics = {name: str(value) for name, value in held.describe().items()}
