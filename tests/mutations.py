@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import npu_export.pipeline as pipeline
+from npu_runtime.steps import Steps
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Mutation = Callable[[Any], None]
@@ -135,8 +136,8 @@ def changed_after_the_reference(change: Mutation, patch: pytest.MonkeyPatch) -> 
     """Exports whose module changes between the reference and the freezing, which the real gate must notice."""
     write = pipeline._write_reference
 
-    def write_and_change(encoder: Any, module: nn.Module, path: Path) -> None:
-        write(encoder, module, path)
+    def write_and_change(encoder: Any, module: nn.Module, path: Path, steps: Steps) -> None:
+        write(encoder, module, path, steps)
         with torch.no_grad():
             change(module)
 

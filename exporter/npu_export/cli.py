@@ -21,7 +21,7 @@ from npu_runtime.cli.console import (
     run_command,
     spell_nbytes,
 )
-from npu_runtime.cli.options import json_option, parse_batches
+from npu_runtime.cli.options import json_option, parse_batches, quiet_option
 from npu_runtime.errors import UsageError
 from npu_runtime.structured import to_json
 
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Plan from names and shapes, print it, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace the artifact that --output names.")
+@quiet_option
 @json_option
 @click.option("--list", "list_all", is_flag=True, help="Show encoders, layouts, formats and precisions.")
 @click.version_option(__version__, prog_name="npu-export")

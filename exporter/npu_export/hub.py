@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Callable
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from npu_export.checkpoint import (
 )
 from npu_export.errors import CheckpointError
 from npu_runtime.errors import UnavailableError, first_line
+from npu_runtime.steps import BYTES, Silent, Steps
 
 
 class NoAnswerError(Exception):
@@ -30,7 +34,7 @@ def no_answer(reason: BaseException) -> NoAnswerError:
     return NoAnswerError(f"{type(reason).__name__}: {first_line(reason)}")
 
 
-Get = Callable[[str, str, str | None, bool], Path | None]
+Get = Callable[[str, str, str | None, bool, Steps], Path | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,8 @@ class Hub:
     scheme: str
     package: str
     get: Get
-    """(repository, name, revision, offline) -> the file in the cache, fetched first unless offline; None where
-    there is none. Raises NoAnswerError, with the reason, where nobody could say."""
+    """(repository, name, revision, offline, watch) -> the file in the cache, fetched first unless offline; None
+    where there is none. Raises NoAnswerError, with the reason, where nobody could say."""
     place: Callable[[bool], str]
     """Where it looks, offline or not, for messages."""
     revision_of: Callable[[Path, str | None], str | None]
@@ -50,7 +54,12 @@ class Hub:
 
 
 def fetch_checkpoint(
-    hub: Hub, repository: str, revision: str | None = None, names: tuple[str, ...] = (), file: str = ""
+    hub: Hub,
+    repository: str,
+    revision: str | None = None,
+    names: tuple[str, ...] = (),
+    file: str = "",
+    watch: Steps | None = None,
 ) -> Checkpoint:
     """The weights of a hub repository, from the cache where they lie there, else from the hub.
 
@@ -74,7 +83,7 @@ def fetch_checkpoint(
 
         def get(name: str, offline: bool = offline) -> Path | None:
             try:
-                return hub.get(repository, name, revision, offline)
+                return hub.get(repository, name, revision, offline, watch or Silent())
             except NoAnswerError as error:
                 tried.append(f"{hub.place(offline)}: {name}: {error}")
                 raise
@@ -107,12 +116,16 @@ def fetch_checkpoint(
     )
 
 
-def _hugging_face(repository: str, name: str, revision: str | None, offline: bool) -> Path | None:
+def _hugging_face(repository: str, name: str, revision: str | None, offline: bool, watch: Steps) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    download: Callable[..., str] = hf_hub_download
+    if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # below 1.1 nobody is told how far it is
+        download = functools.partial(hf_hub_download, tqdm_class=_bar_that_tells(watch))
     try:
-        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=offline))
+        with _without_bars():
+            return Path(download(repository, name, revision=revision, local_files_only=offline))
     except EntryNotFoundError as error:
         if offline or not isinstance(error, LocalEntryNotFoundError):
             return None
@@ -121,6 +134,39 @@ def _hugging_face(repository: str, name: str, revision: str | None, offline: boo
     except Exception as error:  # beside its own, those of the HTTP library: requests, httpx or httpx2 by release
         reason = error
     raise no_answer(reason) from reason
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the client's own progress bars, which would be drawn over those of the step."""
+    from huggingface_hub import utils
+
+    enabled = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where HF_HUB_DISABLE_PROGRESS_BARS is set, it has the last word
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if enabled:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
+
+
+def _bar_that_tells(watch: Steps) -> type:
+    """A class in place of the client's tqdm, each of whose bars is a count of bytes of the step."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *_: object, total: int | None = None, initial: int = 0, **__: object) -> None:
+            super().__init__(total=total, initial=initial, disable=True)
+            self._advance = watch.count(total or 0, BYTES)
+            self._advance(initial)
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            self._advance(int(n or 0))
+
+    return Bar
 
 
 def _hugging_face_place(offline: bool) -> str:

@@ -10,19 +10,19 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from npu_export.hub import Hub, NoAnswerError, no_answer
+from npu_runtime.steps import Steps
 
 DEFAULT_REVISION = "master"
 """What is asked for without a revision. The client would ask the hub for the newest tag, even where it is told
 to stay offline, and take one or another by its own release."""
 
 
-def _modelscope(repository: str, name: str, revision: str | None, offline: bool) -> Path | None:
+def _modelscope(repository: str, name: str, revision: str | None, offline: bool, _: Steps) -> Path | None:
     asked = revision or DEFAULT_REVISION
     try:
         from modelscope.hub.file_download import model_file_download
@@ -55,15 +55,14 @@ def _place(offline: bool) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the client's logs and warnings; its progress bars only where someone may see them."""
+    """Without the client's logs and warnings, and its progress bars, which would be drawn over the step's own line."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         for logger in (logging.getLogger("modelscope"), logging.getLogger("modelscope_hub")):
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)
-        if not sys.stderr.isatty():
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
 
 

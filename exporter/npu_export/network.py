@@ -20,6 +20,7 @@ from npu_export.operations import COPY, grid_size
 from npu_export.recognise import Candidate, candidates, duplicates, lookalikes, nearest
 from npu_runtime.artifact.schema import Coverage
 from npu_runtime.errors import UsageError
+from npu_runtime.steps import BYTES, Silent, Steps
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ def layouts_named(encoder: EncoderSpec, name: str) -> list[Layout]:
     return layouts
 
 
-def load_network(plan: WeightsPlan) -> nn.Module:
+def load_network(plan: WeightsPlan, watch: Steps | None = None) -> nn.Module:
     """The network in fp32 and eval mode, every parameter and buffer from the checkpoint.
 
     Built without initialising weights; each tensor is copied once out of the mapped file. Raises
@@ -117,6 +118,7 @@ def load_network(plan: WeightsPlan) -> nn.Module:
     network = _build_without_weights(plan.layout)
     state: dict[str, torch.Tensor] = {}
     nonfinite: dict[str, str] = {}
+    advance = (watch or Silent()).count(4 * plan.parameters, BYTES)
     with plan.checkpoint.tensors() as read:
         stored: set[int] = set()
 
@@ -132,6 +134,7 @@ def load_network(plan: WeightsPlan) -> nn.Module:
             state[name] = tensor if own else tensor.clone(memory_format=torch.contiguous_format)
             if not tensor.isfinite().all():
                 nonfinite[name] = str(list(tensor.shape))
+            advance(tensor.nbytes)
     if nonfinite:
         raise CheckpointError(
             "the checkpoint holds NaN or infinite weights",

@@ -20,7 +20,7 @@ from npu_export.errors import CheckpointError
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.precision import in_precision
-from npu_export.probes import Statistics, add_probes
+from npu_export.probes import Statistics, add_probes, collect_statistics
 from npu_export.provenance import describe_provenance
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import (
@@ -32,14 +32,14 @@ from npu_runtime.artifact.schema import (
     Reference,
 )
 from npu_runtime.artifact.staging import stage
-from npu_runtime.artifact.store import Artifact, ProbeRecord, RecordedFile, open_artifact, record_file
+from npu_runtime.artifact.store import Artifact, RecordedFile, open_artifact, record_file
 from npu_runtime.devices import CPU
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import Error, ParityError
 from npu_runtime.parity.inputs import seeded_images
 from npu_runtime.parity.records import Step
 from npu_runtime.parity.verify import measure_parity
-from npu_runtime.steps import Silent, Steps
+from npu_runtime.steps import BYTES, Silent, Steps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,7 +99,7 @@ def run_export(plan: ExportPlan, steps: Steps) -> Path:
     """Carry out a plan; see `export`."""
     request = plan.request
     _check_disk(plan)
-    with stage(request.output, force=request.force) as folder:
+    with stage(request.output, force=request.force, watch=steps) as folder:
         artifact, statistics = write_artifact(plan, folder, steps)
         _return_freed_memory()
         check_parity(artifact, steps)
@@ -120,16 +120,16 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
     # The reference is float32 as float32, whatever the process that called asked torch for.
     with HeldNumerics(CPU, "strict") as held, ThreadPoolExecutor(1, "hash") as pool:
         with steps.step("load the weights"):
-            network = load_network(plan.weights)
+            network = load_network(plan.weights, steps)
             provenance = pool.submit(lambda: describe_provenance(plan.weights, state_sha256(network)))
             module = request.encoder.with_outputs(network)
             steps.detail(f"{plan.weights.parameters:,} parameters")
         with steps.step("record the reference"), _recorder(plan, network) as recorder:
-            _write_reference(request.encoder, module, folder / REFERENCE_FILE)
+            _write_reference(request.encoder, module, folder / REFERENCE_FILE, steps)
         if request.precision != "fp32":
             provenance.result()  # the weights are changed next
         module = in_precision(module, request.precision)
-        statistics = None if recorder is None else _statistics(plan, network, module, recorder)
+        statistics = None if recorder is None else collect_statistics(plan, network, module, recorder)
         programs: list[Program] = []
         records: dict[str, Future[RecordedFile]] = {}
         if "torchscript" in request.formats:
@@ -138,10 +138,16 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
         if "onnx" in request.formats:
             programs += _freeze_onnx(plan, module, folder, steps)
         with steps.step("hash the files and write the manifest"):
-            for path in sorted(folder.iterdir()):
-                if path.name not in records:
-                    records[path.name] = pool.submit(record_file, folder, path.name)
-            recorded = [records[name].result() for name in sorted(records)]
+            nbytes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            begun = {name for name, record in records.items() if not record.done()}
+            advance = steps.count(sum(nbytes[name] for name in nbytes if name not in records or name in begun), BYTES)
+            for name in nbytes:
+                if name not in records:
+                    records[name] = pool.submit(record_file, folder, name, advance)
+            recorded = []
+            for name in sorted(records):
+                recorded.append(records[name].result())
+                advance(nbytes[name] if name in begun else 0)
             files = {record.file: record for record, _ in recorded}
             hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
             numerics = {name: str(value) for name, value in held.describe().items()}
@@ -160,7 +166,7 @@ def check_parity(artifact: Artifact, steps: Steps) -> None:
     failed: list[Step] = []
     for format in artifact.manifest.formats():
         with steps.step(f"check parity of {format}"):
-            measured = list(measure_parity(artifact, backend=format))
+            measured = list(measure_parity(artifact, backend=format, watch=steps))
             failed += [step for step in measured if step.status != "passed"]
             worst = max(output.metrics.max_abs_error for step in measured for output in step.whole_outputs)
             steps.detail(f"largest difference {worst:.1e}")
@@ -200,14 +206,18 @@ def _check_disk(plan: ExportPlan) -> None:
         )
 
 
-def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path) -> None:
+def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path, steps: Steps) -> None:
     """Run the eager network one image at a time, which is what batch 1 must give bit for bit."""
     from safetensors.numpy import save
 
     from npu_export.eager import run_eager
 
     inputs = seeded_images(REFERENCE_SEEDS, encoder.inputs[0].of_batch(1)[1:])
-    rows = [run_eager(module, image[None]) for image in inputs]
+    advance = steps.count(len(inputs), "images")
+    rows = []
+    for image in inputs:
+        rows.append(run_eager(module, image[None]))
+        advance(1)
     outputs = {spec.name: np.concatenate(arrays) for spec, arrays in zip(encoder.outputs, zip(*rows))}
     for name, array in outputs.items():
         if not np.isfinite(array).all():
@@ -223,20 +233,6 @@ def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path) -> Non
 def _recorder(plan: ExportPlan, network: nn.Module) -> AbstractContextManager[BoundaryRecorder | None]:
     """Records what the network gives at its boundaries where probes are asked for."""
     return record_boundaries(network) if plan.request.probes else contextlib.nullcontext()
-
-
-def _statistics(plan: ExportPlan, network: nn.Module, module: nn.Module, recorder: BoundaryRecorder) -> Statistics:
-    """What was recorded of the reference, and the first image's in the precision of `module`."""
-    from npu_export.eager import run_eager
-
-    reference = recorder.records(len(REFERENCE_SEEDS))
-    if plan.request.precision == "fp32":
-        first = {name: ProbeRecord(r.sketch[:1], r.norm[:1]) for name, r in reference.items()}
-        return Statistics(reference, first, recorder.sizes)
-    image = seeded_images(REFERENCE_SEEDS[:1], plan.request.encoder.inputs[0].of_batch(1)[1:])
-    with record_boundaries(network) as narrow:
-        run_eager(module, image)
-    return Statistics(reference, narrow.records(1), recorder.sizes)
 
 
 def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:

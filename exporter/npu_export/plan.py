@@ -167,7 +167,7 @@ def plan_export(request: Request, weights: str | None, steps: Steps | None = Non
         if "onnx" in request.formats:
             _check_opset(request.opset)
             require_kernels(request.precision)
-        checkpoint = find_weights(request.encoder, weights, request.layout)
+        checkpoint = find_weights(request.encoder, weights, request.layout, watch)
         plan = plan_weights(
             request.encoder, checkpoint, request.layout, prefix=request.prefix, resample=request.resample
         )

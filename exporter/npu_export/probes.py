@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from npu_export.boundaries import is_block
+from npu_export.boundaries import BoundaryRecorder, is_block, record_boundaries
 from npu_export.encoders.spec import ACCELERATOR_MARGIN
-from npu_export.plan import PROBES_FILE
+from npu_export.plan import PROBES_FILE, REFERENCE_SEEDS, ExportPlan
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import MANIFEST_NAME, Boundary, Precision, Probes
 from npu_runtime.artifact.store import Array, Artifact, ProbeRecord, open_artifact, record_file
@@ -20,9 +20,13 @@ from npu_runtime.backends.probed import ProbedProgram, open_probed, rows_of
 from npu_runtime.backends.table import FORMATS
 from npu_runtime.devices import CPU
 from npu_runtime.errors import Error
+from npu_runtime.parity.inputs import seeded_images
 from npu_runtime.parity.places import measure_places
 from npu_runtime.parity.sketch import relative_errors, sketch_rows
 from npu_runtime.steps import Steps
+
+if TYPE_CHECKING:
+    from torch import nn
 
 AT_ONCE = 16
 """Values of a program that are held in memory together."""
@@ -59,6 +63,22 @@ class Found(NamedTuple):
     error: float
 
 
+def collect_statistics(
+    plan: ExportPlan, network: nn.Module, module: nn.Module, recorder: BoundaryRecorder
+) -> Statistics:
+    """What was recorded of the reference, and the first image's in the precision of `module`."""
+    from npu_export.eager import run_eager
+
+    reference = recorder.records(len(REFERENCE_SEEDS))
+    if plan.request.precision == "fp32":
+        first = {name: ProbeRecord(r.sketch[:1], r.norm[:1]) for name, r in reference.items()}
+        return Statistics(reference, first, recorder.sizes)
+    image = seeded_images(REFERENCE_SEEDS[:1], plan.request.encoder.inputs[0].of_batch(1)[1:])
+    with record_boundaries(network) as narrow:
+        run_eager(module, image)
+    return Statistics(reference, narrow.records(1), recorder.sizes)
+
+
 def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Artifact:
     """Write the statistics, and where each program has the boundaries, into an artifact that is being made.
 
@@ -72,7 +92,7 @@ def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Arti
     errors: dict[str, float] = {}
     for format in manifest.formats():
         with steps.step(f"find the blocks in {format}"):
-            places[format], measured = _probe_program(artifact, format, batch, statistics)
+            places[format], measured = _probe_program(artifact, format, batch, statistics, steps)
             for module, error in measured.items():
                 errors[module] = max(errors.get(module, 0.0), error)
             blocks = sum(map(is_block, measured))
@@ -121,14 +141,14 @@ def _basis(errors: Mapping[str, float], precision: Precision) -> str:
 
 
 def _probe_program(
-    artifact: Artifact, format: str, batch: int, statistics: Statistics
+    artifact: Artifact, format: str, batch: int, statistics: Statistics, steps: Steps
 ) -> tuple[dict[str, str], dict[str, float]]:
     """For each boundary that is found in a format's program its place, and the largest relative L2 error there."""
     inputs, _ = artifact.read_reference()
     options = Options((batch,), graph=False)
     nearest = NEAREST[artifact.manifest.precision]
     with open_probed(artifact, CPU, options, backend=FORMATS[format]) as program:
-        found = find_places(program, statistics, inputs[:1], batch, nearest)
+        found = find_places(program, statistics, inputs[:1], batch, nearest, steps)
         if lost := [module for module in statistics.reference if is_block(module) and module not in found]:
             raise Error(
                 f"blocks of the network were not found in the {format} program",
@@ -140,7 +160,7 @@ def _probe_program(
         modules = [module for module in statistics.reference if module in found]
         names = [found[module].name for module in modules]
         records = [statistics.reference[module] for module in modules]
-        runs = measure_places(program, names, records, inputs, batch, AT_ONCE)
+        runs = measure_places(program, names, records, inputs, batch, AT_ONCE, steps)
         errors = dict(zip(modules, (error for run in runs for error in run.errors)))
     if wrong := [module for module, error in errors.items() if error.nonfinite]:
         raise Error(
@@ -152,7 +172,7 @@ def _probe_program(
 
 
 def find_places(
-    program: ProbedProgram, statistics: Statistics, image: Array, batch: int, nearest: float
+    program: ProbedProgram, statistics: Statistics, image: Array, batch: int, nearest: float, steps: Steps
 ) -> dict[str, Found]:
     """For each boundary the value of the program that is nearest to the network's on an image [1, 3, H, W].
 
@@ -169,9 +189,10 @@ def find_places(
         for position, place in enumerate(places)
         if place.kind in ADDITIONS and any(readers[name] > 1 for name in place.inputs)
     ]
-    found = _in_order(_nearest_values(program, images, statistics, dict.fromkeys(modules, residual), nearest), modules)
+    candidates = dict.fromkeys(modules, residual)
+    found = _in_order(_nearest_values(program, images, statistics, candidates, nearest, steps), modules)
     rest = {m: _between(modules.index(m), modules, found, len(places)) for m in modules if m not in found}
-    found |= _nearest_values(program, images, statistics, rest, nearest)
+    found |= _nearest_values(program, images, statistics, rest, nearest, steps)
     return _in_order(found, modules)
 
 
@@ -181,13 +202,16 @@ def _nearest_values(
     statistics: Statistics,
     candidates: Mapping[str, Sequence[int]],
     nearest: float,
+    steps: Steps,
 ) -> dict[str, Found]:
     """For each module the nearest of its candidates, which are positions of places, if it is near enough."""
     places = program.places()
     best: dict[str, Found] = {}
     tried = sorted({position for positions in candidates.values() for position in positions})
     wanted_at = {position: [m for m, positions in candidates.items() if position in positions] for position in tried}
-    for start in range(0, len(tried), AT_ONCE):
+    starts = range(0, len(tried), AT_ONCE)
+    advance = steps.count(len(starts), "passes")
+    for start in starts:
         positions = tried[start : start + AT_ONCE]
         with program.open([places[position].name for position in positions]) as call:
             _, values = call(images)
@@ -203,6 +227,7 @@ def _nearest_values(
                 error = float(relative_errors(sketch, record.sketch, record.norm)[0])
                 if error <= nearest and (module not in best or error < best[module].error):
                     best[module] = Found(position, places[position].name, error)
+        advance(1)
     return best
 
 

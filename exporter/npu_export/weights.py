@@ -14,6 +14,7 @@ from npu_export.modelscope import MODELSCOPE
 from npu_export.network import layouts_named, network_shapes
 from npu_export.random_weights import parse_seed, seeded_tensor
 from npu_runtime.errors import UsageError
+from npu_runtime.steps import Steps
 
 if TYPE_CHECKING:
     import torch
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
 HUBS: tuple[Hub, ...] = (HUGGING_FACE, MODELSCOPE)
 
 
-def find_weights(encoder: EncoderSpec, weights: str | None, layout: str = "auto") -> Checkpoint:
+def find_weights(
+    encoder: EncoderSpec, weights: str | None, layout: str = "auto", watch: Steps | None = None
+) -> Checkpoint:
     """The checkpoint that `weights` names; without it, the encoder's own on the hub.
 
-    `layout` matters for random weights alone: it is the one whose keys they have. Raises CheckpointError
+    `layout` matters for random weights alone: it is the one whose keys they have. `watch` is told of what is
+    fetched. Raises CheckpointError
     where the checkpoint cannot be had or read, UsageError for a seed that is no
     number or an unknown layout.
     """
     names = encoder.published.weight_files
     if weights is None:
-        return fetch_checkpoint(HUGGING_FACE, encoder.published.hub_id, names=names)
+        return fetch_checkpoint(HUGGING_FACE, encoder.published.hub_id, names=names, watch=watch)
     scheme, _, rest = weights.partition(":")
     if scheme == "random":
         return random_checkpoint(encoder, rest, layout)
@@ -39,7 +43,7 @@ def find_weights(encoder: EncoderSpec, weights: str | None, layout: str = "auto"
             path, _, revision = rest.partition("@")
             owner, _, name = path.partition("/")
             name, _, file = name.partition("/")
-            return fetch_checkpoint(hub, f"{owner}/{name}", revision or None, names, file)
+            return fetch_checkpoint(hub, f"{owner}/{name}", revision or None, names, file, watch)
     return open_checkpoint(Path(weights), names=names)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from npu_runtime.errors import InputError, ProgramError, UsageError
+from npu_runtime.steps import Advance, unwatched
 
 if TYPE_CHECKING:
     from npu_runtime.artifact.schema import Manifest
@@ -153,11 +154,11 @@ class Encoder:
                 raise _nonfinite(name, array, pixel_values)
         return results
 
-    def embed(self, images: Iterable[str | os.PathLike[str]]) -> Array:
+    def embed(self, images: Iterable[str | os.PathLike[str]], *, advance: Advance = unwatched) -> Array:
         """Embeddings [N, D] of image files, preprocessed as the manifest records.
 
-        Reads as many images at a time as the largest frozen batch. Raises InputError naming an image
-        that cannot be read.
+        Reads as many images at a time as the largest frozen batch, and tells `advance` of them. Raises InputError
+        naming an image that cannot be read.
         """
         from npu_runtime.preprocess import read_images
 
@@ -165,10 +166,11 @@ class Encoder:
             raise InputError("images is one path", expected="a list of paths", got=repr(images), hint="write [path]")
         paths = list(images)
         step = max(self.batches)
-        parts = [
-            self(read_images(paths[start : start + step], self.manifest.preprocessing))
-            for start in range(0, len(paths), step)
-        ]
+        parts = []
+        for start in range(0, len(paths), step):
+            chunk = paths[start : start + step]
+            parts.append(self(read_images(chunk, self.manifest.preprocessing)))
+            advance(len(chunk))
         return np.concatenate(parts) if parts else self(np.empty((0, *self._shape), np.float32))
 
     def time_stages(self, pixel_values: Array) -> StageTimes | None:

@@ -84,6 +84,7 @@ def test_the_table_has_a_row_for_each_backend_and_batch_and_a_dash_where_nothing
         "✓ open eager",
         "✓ open torchscript",
         "✓ open onnxruntime",
+        "✓ measure",
     ]
 
 

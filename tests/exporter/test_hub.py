@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 from hub_server import COMMIT, INDEX, REPOSITORY, SINGLE, Hub, assert_holds, serve, sharded
+from watching import Watching
 
 from npu_export.checkpoint import Checkpoint
 from npu_export.errors import CheckpointError
@@ -108,6 +110,15 @@ def test_without_weights_the_encoders_own_come_from_the_hub_and_then_from_its_ca
     assert json.loads(second.stdout)["weights"] == weights["source"]
 
 
+def test_a_download_leaves_the_steps_line_in_a_log_and_nothing_under_quiet(
+    export_tiny: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    for index, (arguments, lines) in enumerate(((("--dry-run",), 1), (("--dry-run", "--quiet"), 0))):
+        run = export_tiny(*arguments, HF_HOME=str(tmp_path / f"home{index}"))
+        assert (run.returncode, len(run.stderr.splitlines())) == (0, lines), run.stderr
+        assert len(list((tmp_path / f"home{index}").rglob(SINGLE))) == 1
+
+
 def test_weights_in_neither_cache_nor_hub_are_refused_with_what_was_tried(
     hub: Hub, export_tiny: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -133,6 +144,26 @@ def test_without_the_hubs_package_the_command_exits_with_4_and_names_it(scheme: 
     error = json.loads(run.stdout)["error"]
     assert package in error["what"]
     assert error["next"] == f"pip install {package}, or pass a file with --weights"
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_the_bytes_of_a_download_are_counted_and_the_clients_bars_are_as_before(
+    hub: Hub, in_process: list[float], bars: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import hf_hub_download, utils
+
+    if "tqdm_class" not in inspect.signature(hf_hub_download).parameters:
+        pytest.skip("huggingface_hub below 1.1 tells nobody how far it is")
+    (utils.enable_progress_bars if bars else utils.disable_progress_bars)()  # type: ignore[attr-defined]
+    watch = Watching()
+    try:
+        fetch(watch=watch)
+        assert utils.are_progress_bars_disabled() != bars  # type: ignore[attr-defined]
+    finally:
+        utils.enable_progress_bars()  # type: ignore[attr-defined]
+    assert [(count.total, count.unit) for count in watch.counts] == [(len(hub.files[SINGLE]), "bytes")]
+    watch.assert_all_done()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(hub: Hub, in_process: list[float]) -> None:

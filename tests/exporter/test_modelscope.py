@@ -74,6 +74,8 @@ def test_the_command_fetches_from_the_hub_and_says_nothing_beside_its_plan(
     assert json.loads(run.stdout)["weights"] == f"ms:{REPOSITORY}@master"
     assert len(run.stderr.splitlines()) == 1, run.stderr
     assert [path.name for path in tmp_path.rglob("*.safetensors")] == [SINGLE]
+    quiet = run_command("npu-export", *arguments, "--quiet")
+    assert (quiet.returncode, quiet.stderr, quiet.stdout) == (0, "", run.stdout)
 
 
 def test_a_file_of_the_cache_is_used_without_any_request_and_recorded_alike(

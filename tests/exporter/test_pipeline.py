@@ -18,6 +18,7 @@ from mutations import MUTATIONS, changed_after_the_reference, on_network, swap_b
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
+from watching import Watching
 
 import npu_export.pipeline as pipeline
 import npu_export.plan
@@ -465,21 +466,11 @@ def test_a_file_that_torch_cannot_write_leaves_nothing(tmp_path: Path, monkeypat
 
 
 def test_whoever_watches_is_told_of_each_step(tmp_path: Path) -> None:
-    class Watching(pipeline.Silent):
-        steps: list[str] = []  # noqa: RUF012
-        details: list[str] = []  # noqa: RUF012
-
-        def step(self, name: str) -> Any:
-            self.steps.append(name)
-            return super().step(name)
-
-        def detail(self, text: str) -> None:
-            self.details.append(text)
-
-    export("tiny-vit", weights="random:0", output=tmp_path / "out", steps=Watching())
-    assert Watching.steps[0] == "find the weights and plan the keys"
-    assert {"load the weights", "record the reference"} < set(Watching.steps)
-    assert "random:0: 38 of 38 keys are those of layout hf (the hub's file, with or without `vit.`)" in Watching.details
+    watch = Watching()
+    export("tiny-vit", weights="random:0", output=tmp_path / "out", steps=watch)
+    assert watch.steps[0] == "find the weights and plan the keys"
+    assert {"load the weights", "record the reference"} < set(watch.steps)
+    assert "random:0: 38 of 38 keys are those of layout hf (the hub's file, with or without `vit.`)" in watch.details
 
 
 def test_the_manifest_is_json_that_names_its_schema(tiny_artifact: Path) -> None:

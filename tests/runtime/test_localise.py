@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
+from watching import Watching
 
 from npu_export.pipeline import export
 from npu_runtime import ArtifactError, UnavailableError, UsageError
@@ -153,10 +154,11 @@ def test_a_bounded_number_of_boundaries_is_held_at_a_time(
     probed_artifact: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     monkeypatch.setattr("npu_runtime.parity.localise.AT_ONCE", 3)
-    seen: list[tuple[int, int]] = []
-    found = localise(open_artifact(probed_artifact), backend=format, progress=lambda *run: seen.append(run))
-    runs = -(-len(found.boundaries) // 3)
-    assert seen == [(done, runs) for done in range(runs + 1)]
+    watch = Watching()
+    found = localise(open_artifact(probed_artifact), backend=format, watch=watch)
+    (passes,) = watch.counts
+    assert (passes.total, passes.unit) == (-(-len(found.boundaries) // 3), "passes")
+    watch.assert_all_done()
     assert found.first is None
 
 

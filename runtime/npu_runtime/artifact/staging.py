@@ -20,6 +20,7 @@ from pathlib import Path
 
 from npu_runtime.artifact.schema import MANIFEST_NAME
 from npu_runtime.errors import Error, UsageError
+from npu_runtime.steps import Silent, Steps
 
 PARTIAL = "partial"
 REPLACED = "replaced"
@@ -55,10 +56,11 @@ def check_output(final: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def stage(final: Path, *, force: bool = False) -> Iterator[Path]:
+def stage(final: Path, *, force: bool = False, watch: Steps | None = None) -> Iterator[Path]:
     """A new folder that becomes `final` when the block ends, and is removed when it raises.
 
-    Raises Error where the folder cannot be made and where the disk takes no more bytes.
+    `watch` is told when its files are brought to the disk. Raises Error where the folder cannot be made and where
+    the disk takes no more bytes.
     """
     final = final.absolute()
     lock = contextlib.ExitStack()
@@ -78,8 +80,9 @@ def stage(final: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             with explain_full_disk(final):
                 yield partial
-                _sync(partial)
-                _put_in_place(partial, final, force)
+                with (watch or Silent()).step("bring the files to the disk"):
+                    _sync(partial)
+                    _put_in_place(partial, final, force)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

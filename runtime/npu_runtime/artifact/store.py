@@ -15,6 +15,7 @@ import numpy.typing as npt
 from npu_runtime.artifact.codec import decode_manifest
 from npu_runtime.artifact.schema import MANIFEST_NAME, FileRecord, Manifest, Probes
 from npu_runtime.errors import ArtifactError
+from npu_runtime.steps import BYTES, Advance, Silent, Steps, unwatched
 
 Array = npt.NDArray[np.float32]
 Stamp = tuple[int, ...]
@@ -49,25 +50,31 @@ class Artifact:
     _checked: dict[str, Stamp] = field(default_factory=dict, repr=False, compare=False)
     """File -> its stamp when it was found as the manifest says."""
 
-    def checked_path(self, name: str) -> Path:
+    def checked_path(self, name: str, advance: Advance = unwatched) -> Path:
         """Path of a listed file, after its size and sha256 were found as the manifest says.
 
         A file is hashed once for each opened artifact, and again when it was written or replaced since.
-        Raises ArtifactError when it is missing, changed, or a link that leaves the folder.
+        `advance` is told of its bytes. Raises ArtifactError when it is missing, changed, or a link that leaves the
+        folder.
         """
         record = next(record for record in self.manifest.files if record.file == name)
         path = self.path / name
         stamp = _stamp(path)
         if stamp is None or self._checked.get(name) != stamp:
-            _check_file(self.path, path, record)
+            _check_file(self.path, path, record, advance)
             if stamp is not None:
                 self._checked[name] = stamp
+        else:
+            advance(record.nbytes)
         return path
 
-    def check_files(self, names: Iterable[str] | None = None) -> None:
+    def check_files(self, names: Iterable[str] | None = None, watch: Steps | None = None) -> None:
         """Check some files, or all of them; raises ArtifactError at the first that differs."""
-        for name in [record.file for record in self.manifest.files] if names is None else names:
-            self.checked_path(name)
+        nbytes = {record.file: record.nbytes for record in self.manifest.files}
+        chosen = list(nbytes if names is None else names)
+        advance = (watch or Silent()).count(sum(nbytes[name] for name in chosen), BYTES)
+        for name in chosen:
+            self.checked_path(name, advance)
 
     def read_reference(self) -> tuple[Array, dict[str, Array]]:
         """Recorded `pixel_values` [N, 3, H, W] and the reference outputs by name, [N, ...] each."""
@@ -149,21 +156,22 @@ def open_artifact(path: str | os.PathLike[str], recorded: Iterable[RecordedFile]
     return Artifact(folder, manifest, hashlib.sha256(data).hexdigest(), checked)
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, advance: Advance = unwatched) -> str:
     """sha256 of a file's bytes, in hexadecimal; memory stays bounded."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+            advance(count)
     return digest.hexdigest()
 
 
-def record_file(folder: Path, name: str) -> RecordedFile:
+def record_file(folder: Path, name: str, advance: Advance = unwatched) -> RecordedFile:
     """Size and sha256 of a file as it is on disk now."""
     path = folder / name
     stamp = _stamp(path)
-    return RecordedFile(FileRecord(name, path.stat().st_size, sha256_file(path)), stamp)
+    return RecordedFile(FileRecord(name, path.stat().st_size, sha256_file(path, advance)), stamp)
 
 
 def _stamp(path: Path) -> Stamp | None:
@@ -175,7 +183,7 @@ def _stamp(path: Path) -> Stamp | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _check_file(folder: Path, path: Path, record: FileRecord) -> None:
+def _check_file(folder: Path, path: Path, record: FileRecord, advance: Advance) -> None:
     hint = "copy the artifact again, or export it again"
     if not path.is_file():
         raise ArtifactError("the artifact lacks a file", where=path, expected=f"{record.nbytes} bytes", hint=hint)
@@ -196,7 +204,7 @@ def _check_file(folder: Path, path: Path, record: FileRecord) -> None:
             got=f"{nbytes} bytes",
             hint=hint,
         )
-    sha256 = sha256_file(path)
+    sha256 = sha256_file(path, advance)
     if sha256 != record.sha256:
         raise ArtifactError(
             "a file of the artifact has changed",

@@ -45,7 +45,7 @@ class _Commands(click.Group):
 def command(**_: Any) -> None:
     """Run, check and measure the artifacts that npu-export writes.
 
-    Results go to stdout, progress to stderr; --json gives the result as data.
+    Results go to stdout, progress to stderr, where --quiet leaves errors alone; --json gives the result as data.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 parity failed, 4 device or dependency missing,
     130 interrupted.

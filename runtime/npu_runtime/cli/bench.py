@@ -23,6 +23,7 @@ from npu_runtime.cli.options import (
     parse_batches,
     parse_callers,
     parse_seconds,
+    quiet_option,
     run_options,
 )
 from npu_runtime.devices import cpu_count, parse_device
@@ -76,6 +77,7 @@ LOAD_SECONDS = 10.0
     "--against", type=click.Path(path_type=Path), metavar="OLD.json", help="Compare with the record of another run."
 )
 @run_options
+@quiet_option
 @json_option
 def command(
     artifact: str,

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import StageTimes
 from npu_runtime.backends.table import EAGER, FORMATS, backend_name, backend_names
@@ -15,7 +13,7 @@ from npu_runtime.bench.cold import ColdStart, start_cold
 from npu_runtime.bench.measure import STAGE_ROUNDS, measure_latency, measure_stages
 from npu_runtime.bench.statistics import compare_paired, is_narrow
 from npu_runtime.bench.throughput import SLICES, Load, measure_throughput
-from npu_runtime.cli.console import StepProgress, narration
+from npu_runtime.cli.console import StepProgress
 from npu_runtime.encoder import Encoder, RunOptions, load
 from npu_runtime.errors import Error, UnavailableError, UsageError
 
@@ -39,7 +37,7 @@ def measure_calls(
     warmup: int,
     adaptive: bool,
 ) -> None:
-    with _bar("rounds", len(batches) * (warmup + iterations)) as advance:
+    with _bar("measure", "rounds", len(batches) * (warmup + iterations)) as advance:
         measure_latency(
             encoders,
             batches,
@@ -57,7 +55,7 @@ def measure_calls(
 def measure_load(
     kept: Kept, encoders: Mapping[str, Encoder], batches: Sequence[int], callers: Sequence[int], seconds: float
 ) -> None:
-    with _bar("slices", len(batches) * len(callers) * len(encoders) * SLICES) as advance:
+    with _bar("measure under load", "slices", len(batches) * len(callers) * len(encoders) * SLICES) as advance:
         measure_throughput(encoders, batches, callers, kept.loads, seconds=seconds, progress=advance)
 
 
@@ -130,9 +128,8 @@ def time_cold_starts(
 
 
 @contextlib.contextmanager
-def _bar(unit: str, total: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("measure"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit},"), TimeRemainingColumn())
-    console = narration()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+def _bar(name: str, unit: str, total: int) -> Iterator[Callable[[], None]]:
+    steps = StepProgress()
+    with steps.step(name):
+        advance = steps.count(total, unit)
+        yield lambda: advance(1)

@@ -8,7 +8,6 @@ import json
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -16,18 +15,21 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 from rich.live import Live
-from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from npu_runtime.artifact.schema import Manifest
 from npu_runtime.backends.base import SessionReport
+from npu_runtime.cli.progress import NAME_WIDTH, Count, RunningLine, told_now_and_then
 from npu_runtime.errors import Error, UnavailableError
+from npu_runtime.steps import Advance, unwatched
 
 WIDEST_TABLE = 1000
 """Characters, more than any row has."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, 128 + SIGINT, as shells expect."""
+QUIET = "npu_runtime.quiet"
+"""Where click's context keeps whether --quiet was given."""
 
 
 _interrupted = threading.Event()
@@ -36,7 +38,8 @@ _interrupted = threading.Event()
 
 def narration() -> Console:
     """The console for progress and errors."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    # The stream of now: while packages print, theirs is another.
+    return Console(file=sys.stderr, stderr=True, highlight=False, soft_wrap=True)
 
 
 def print_json(document: object) -> None:
@@ -103,44 +106,66 @@ def print_error(error: Error) -> None:
 
 
 class StepProgress:
-    """Steps on stderr, each with its time: on a terminal as a line that runs, in a log when it is done."""
+    """Steps on stderr, each with its time when it is done; none under --quiet.
+
+    While a step runs, a terminal shows it as a line that moves, with a bar where there is something to count, and a
+    log is told now and then. What packages print meanwhile is no result: it goes to stderr, under --quiet nowhere.
+    """
 
     def __init__(self) -> None:
         self._console = narration()
+        self._quiet = is_quiet()
+        self._chatter = io.StringIO()
+        self._line = RunningLine("")
         self._detail = ""
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         if _interrupted.is_set():
             raise KeyboardInterrupt
-        start = time.monotonic()
-        self._detail = ""
-        live = Live(_Running(name, start), console=self._console, transient=True, refresh_per_second=8)
+        self._line, self._detail = RunningLine(name), ""
         sign = ("✗ ", "red")
         try:
-            with live if self._console.is_terminal else contextlib.nullcontext():
+            with self._watched():
                 yield
             sign = ("✓ ", "green")
         finally:
-            line = Text.assemble(sign, f"{name:<44}", (f"{time.monotonic() - start:6.1f} s", "cyan"))
-            if self._detail:
-                line.append(f"   {self._detail}", "dim")
-            self._console.print(line)
+            self._tell(sign, self._detail or self._line.summary())
+
+    def count(self, total: int, unit: str) -> Advance:
+        if total < 2:
+            return unwatched
+        self._line.counts.append(Count(total, unit))
+        return self._line.counts[-1].advance
 
     def detail(self, text: str) -> None:
         self._detail = text
 
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        line = self._line
+        with contextlib.ExitStack() as stack:
+            if self._quiet:
+                stack.enter_context(contextlib.redirect_stderr(self._chatter))
+                stack.enter_context(contextlib.redirect_stdout(self._chatter))
+            elif self._console.file.isatty() and self._console.is_interactive:
+                stack.enter_context(Live(line, console=self._console, transient=True, refresh_per_second=8))
+            else:
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+                stack.enter_context(told_now_and_then(lambda: self._tell(("… ", "cyan"), str(line.count or ""))))
+            yield
 
-class _Running:
-    """A spinner with the step's name and the seconds since it began."""
+    def _tell(self, sign: tuple[str, str], text: str) -> None:
+        """One whole line, such as that of a step which is done."""
+        if not self._quiet:
+            line = Text.assemble(sign, f"{self._line.name:<{NAME_WIDTH}}", (f"{self._line.seconds:6.1f} s", "cyan"))
+            self._console.print(line.append(f"   {text}" if text else "", "dim"))
 
-    def __init__(self, name: str, start: float) -> None:
-        self._name, self._start = name, start
-        self._spinner = Spinner("dots", style="cyan")
 
-    def __rich__(self) -> Spinner:
-        self._spinner.update(text=Text(f"{self._name:<44}{time.monotonic() - self._start:6.1f} s"))
-        return self._spinner
+def is_quiet() -> bool:
+    """Whether --quiet was given to the command that runs."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
 
 
 def run_command(command: click.Command, prog_name: str) -> NoReturn:

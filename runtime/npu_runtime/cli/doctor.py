@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-
 import click
 from rich.markup import escape
 
 from npu_runtime.cli.console import StepProgress, print_error, print_json, print_line, print_table
-from npu_runtime.cli.options import json_option
+from npu_runtime.cli.options import json_option, quiet_option
 from npu_runtime.devices import parse_device
 from npu_runtime.devices.doctor import Check, Findings, Machine, examine
 from npu_runtime.devices.doctor.check import VariableCheck
@@ -23,6 +20,7 @@ VALUE_WIDTH, FOUND_WIDTH = 24, 110
 
 @click.command()
 @click.option("--device", metavar="DEVICE", help="Exit with 4 unless this one can run.  [default: only describe]")
+@quiet_option
 @json_option
 def command(device: str | None, as_json: bool) -> None:
     """Say what this machine can run, and what to do about the rest.
@@ -32,8 +30,7 @@ def command(device: str | None, as_json: bool) -> None:
     installed, set or asked for cannot work; absent, not here and not needed by what is. Nothing is changed.
     """
     asked = None if device is None else parse_device(device)
-    # What packages print while they are imported is no result.
-    with StepProgress().step("look at this machine"), contextlib.redirect_stdout(sys.stderr):
+    with StepProgress().step("look at this machine"):
         findings = examine(Machine(), asked)
     error = None if asked is None else findings.probes[str(asked)].error
     if as_json:

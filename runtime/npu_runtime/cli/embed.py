@@ -14,7 +14,7 @@ import numpy as np
 from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Array
 from npu_runtime.cli.console import StepProgress, print_conditions, print_json, print_line, print_weights
-from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
+from npu_runtime.cli.options import artifact_argument, json_option, quiet_option, run_options, threads_option
 from npu_runtime.encoder import RunOptions, load
 from npu_runtime.errors import InputError, UsageError
 from npu_runtime.structured import to_json
@@ -41,6 +41,7 @@ SUFFIXES = (".safetensors", ".npy")
 @run_options
 @threads_option
 @click.option("--force", is_flag=True, help="Replace the output file.")
+@quiet_option
 @json_option
 def command(
     artifact: str,
@@ -63,7 +64,7 @@ def command(
         encoder = load(artifact, backend=backend, **how)
         steps.detail(f"{encoder.backend} on {encoder.device}")
     with encoder, steps.step(f"embed {len(images)} image{'s' if len(images) > 1 else ''}"):
-        features = encoder.embed(images)
+        features = encoder.embed(images, advance=steps.count(len(images), "images"))
         conditions = encoder.report()
     manifest = encoder.manifest
     name = manifest.outputs[0].name

@@ -7,12 +7,13 @@ import click
 from npu_runtime.artifact.schema import Preprocessing, TensorSpec
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.cli.console import print_json, print_line, print_table, print_weights, spell_nbytes
-from npu_runtime.cli.options import artifact_argument, json_option
+from npu_runtime.cli.options import artifact_argument, json_option, quiet_option
 from npu_runtime.structured import to_json
 
 
 @click.command()
 @artifact_argument
+@quiet_option
 @json_option
 def command(artifact: str, as_json: bool) -> None:
     """Show what is in an artifact. Reads the manifest only; `verify` checks the files."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from npu_runtime.cli.console import QUIET
 from npu_runtime.devices import parse_device
 from npu_runtime.devices.numerics import NUMERICS
 
@@ -44,6 +45,20 @@ fallback_option = click.option(
     help="Run operators that the device has no kernel for on the CPU, and say so, in place of an error.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def _be_quiet(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    context.meta[QUIET] = value
+
+
+quiet_option = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=_be_quiet,
+    help="Print no progress on stderr, only errors.",
+)
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -16,7 +16,7 @@ from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Artifact, open_artifact
 from npu_runtime.backends.table import EAGER, backend_name
 from npu_runtime.cli.console import INTERRUPTED, StepProgress, print_error, print_line
-from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
+from npu_runtime.cli.options import artifact_argument, json_option, quiet_option, run_options, threads_option
 from npu_runtime.cli.parity_tables import print_parity
 from npu_runtime.devices import parse_device
 from npu_runtime.encoder import RunOptions
@@ -80,6 +80,7 @@ def _parse_seeds(context: click.Context, parameter: click.Parameter, value: str 
 @click.option("--force", is_flag=True, help="Replace the files of --record and --save-worst.")
 @run_options
 @threads_option
+@quiet_option
 @json_option
 def command(
     artifact: str,
@@ -124,9 +125,9 @@ def command(
     progress = StepProgress()
     start = time.monotonic()
     with progress.step("hash the files"):
-        opened.check_files()
+        opened.check_files(watch=progress)
     with progress.step("read the inputs"):
-        inputs = Inputs(_sources(opened.manifest, seeds, images, arrays))
+        inputs = Inputs(_sources(opened.manifest, seeds, images, arrays), progress)
     ladder = Ladder(
         opened, inputs, watch=progress, batch=batch, weights=weights, profile=PROFILES.get(profile or ""), **how
     )
@@ -138,7 +139,7 @@ def command(
             for step in _programs_to_look_into(ladder.steps, how["device"]):
                 with progress.step(f"look into {step.title}"):
                     here: RunOptions = {**how, "device": step.device}
-                    localised.append(localise(opened, backend=step.backend, **here))
+                    localised.append(localise(opened, backend=step.backend, watch=progress, **here))
     except KeyboardInterrupt:
         interrupted = True
     made = make_record(

@@ -8,7 +8,7 @@ import click
 
 from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.cli.console import StepProgress, print_json, print_line
-from npu_runtime.cli.options import json_option
+from npu_runtime.cli.options import json_option, quiet_option
 from npu_runtime.errors import UnavailableError, UsageError
 from npu_runtime.report.compose import compose
 from npu_runtime.report.html import write_html
@@ -37,6 +37,7 @@ NEEDED = ("jinja2", "matplotlib")
 )
 @click.option("--force", is_flag=True, help="Replace the files of --output and --markdown.")
 @json_option
+@quiet_option
 def command(
     records: tuple[Path, ...], output: Path, markdown: Path | None, language: str, force: bool, as_json: bool
 ) -> None:

@@ -12,6 +12,7 @@ from npu_runtime.bench.against import compare_records
 from npu_runtime.bench.records import BenchRecord
 from npu_runtime.cli.bench_tables import print_against, print_bench
 from npu_runtime.cli.console import print_line
+from npu_runtime.cli.options import quiet_option
 from npu_runtime.cli.parity_tables import print_differences, print_parity
 from npu_runtime.errors import Error, UsageError
 from npu_runtime.parity import record_files as parity
@@ -29,6 +30,7 @@ KINDS = (parity.SCHEMA.name, bench.SCHEMA.name)
     metavar="RECORD",
     help="Another record of its kind, whose figures stand beside these.",
 )
+@quiet_option
 def command(record: Path, against: Path | None) -> None:
     """Print a record that parity, verify or bench wrote, wherever that was.
 

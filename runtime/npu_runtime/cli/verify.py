@@ -10,7 +10,7 @@ import click
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.backends.table import backend_name
 from npu_runtime.cli.console import StepProgress, print_error, print_line
-from npu_runtime.cli.options import artifact_argument, json_option, run_options, threads_option
+from npu_runtime.cli.options import artifact_argument, json_option, quiet_option, run_options, threads_option
 from npu_runtime.cli.parity_tables import print_parity
 from npu_runtime.encoder import RunOptions
 from npu_runtime.errors import ParityError, UnavailableError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--backend", metavar="NAME", help="Only this backend.  [default: each whose programs the artifact holds]")
 @run_options
 @threads_option
+@quiet_option
 @json_option
 def command(artifact: str, backend: str | None, as_json: bool, **how: Unpack[RunOptions]) -> None:
     """Check every file's hash, then every program against the stored reference, on this device.
@@ -41,12 +42,12 @@ def command(artifact: str, backend: str | None, as_json: bool, **how: Unpack[Run
     progress = StepProgress()
     start = time.monotonic()
     with progress.step("hash the files"):
-        opened.check_files()
+        opened.check_files(watch=progress)
     steps: list[Step] = []
     for name in [backend] if backend else map(backend_name, formats):
         try:
             with progress.step(f"run {name}"):
-                steps += measure_parity(opened, backend=name, **how)
+                steps += measure_parity(opened, backend=name, watch=progress, **how)
         except UnavailableError as absent:
             if backend or (not any(step.outputs for step in steps) and len(steps) + 1 == len(formats)):
                 raise

@@ -16,6 +16,7 @@ from npu_runtime.artifact.store import Array, Artifact
 from npu_runtime.errors import InputError, UsageError
 from npu_runtime.parity.thumbnails import MOST_THUMBNAILS, Thumbnails, make_thumbnails
 from npu_runtime.preprocess import image_suffixes, read_images
+from npu_runtime.steps import Silent, Steps
 
 DEFAULT_SEEDS = (42, 123, 256, 789, 1024)
 KEPT_NBYTES = 256 << 20
@@ -118,12 +119,13 @@ def array_inputs(file: str | os.PathLike[str], spec: TensorSpec) -> list[InputSo
 class Inputs:
     """Images by number. Each is read and hashed once at the start; what cannot be read is left out and named."""
 
-    def __init__(self, sources: Sequence[InputSource]) -> None:
+    def __init__(self, sources: Sequence[InputSource], watch: Steps | None = None) -> None:
         self.records: list[InputRecord] = []
         self.skipped: list[SkippedInput] = []
         self._sources: list[InputSource] = []
         self._kept: dict[int, Array] = {}
         room, pictures = KEPT_NBYTES, 0
+        advance = (watch or Silent()).count(len(sources), "images")
         for source in sources:
             thumbnails = None
             try:
@@ -136,6 +138,8 @@ class Inputs:
                     SkippedInput(source.name, f"{error.what}: {error.got}" if error.got else error.what)
                 )
                 continue
+            finally:
+                advance(1)
             if image.nbytes <= room:
                 self._kept[len(self._sources)] = image
                 room -= image.nbytes

@@ -193,12 +193,14 @@ class Ladder:
         draft.batches = encoder.batches
         draft.conditions = encoder.report()
         count = len(baseline.inputs)
+        advance = self._watch.count(count, "images")
         for start in range(0, count, self._batch):
             stop = min(start + self._batch, count)
             pixel_values = baseline.inputs.rows(start, stop)
             expected = baseline.outputs(start, stop)
             draft.measurement.add(encoder.run(pixel_values, allow_nonfinite=True), expected)
             draft.names += [record.name for record in baseline.inputs.records[start:stop]]
+            advance(stop - start)
         draft.conditions = encoder.report()
 
     def _finish(

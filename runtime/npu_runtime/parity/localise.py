@@ -18,8 +18,9 @@ from npu_runtime.devices import Device
 from npu_runtime.encoder import RunOptions, load
 from npu_runtime.errors import UsageError
 from npu_runtime.parity.measure import Measurement
-from npu_runtime.parity.places import PlaceError, Progress, measure_places
+from npu_runtime.parity.places import PlaceError, measure_places
 from npu_runtime.parity.records import BoundaryError, Localisation
+from npu_runtime.steps import Steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,7 +30,7 @@ AT_ONCE = 8
 
 
 def localise(
-    artifact: Artifact, *, backend: str, progress: Progress | None = None, **how: Unpack[RunOptions]
+    artifact: Artifact, *, backend: str, watch: Steps | None = None, **how: Unpack[RunOptions]
 ) -> Localisation:
     """Find the first module of the source network whose output in a frozen program is beyond its limit.
 
@@ -67,7 +68,7 @@ def localise(
         places = [boundary.places[format] for boundary in boundaries]
         require_places(program, places, artifact.path)
         given = [records[boundary.module] for boundary in boundaries]
-        for part in measure_places(program, places, given, inputs, probes.batch, AT_ONCE, progress):
+        for part in measure_places(program, places, given, inputs, probes.batch, AT_ONCE, watch):
             failed_probed.update(dict.fromkeys(_beyond(artifact.manifest, device, part.outputs, expected)))
             errors += part.errors
     judged = tuple(_judge(b, probes.limit_on(b, device.kind), error) for b, error in zip(boundaries, errors))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,7 @@ import numpy.typing as npt
 from npu_runtime.artifact.store import Array, ProbeRecord
 from npu_runtime.backends.probed import ProbedProgram, Value, rows_of
 from npu_runtime.parity.sketch import relative_errors, sketch_rows
-
-Progress = Callable[[int, int], object]
-"""Told of runs of a program over all images: how many are done, of how many."""
+from npu_runtime.steps import Silent, Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +41,16 @@ def measure_places(
     inputs: Array,
     batch: int,
     at_once: int,
-    progress: Progress | None = None,
+    watch: Steps | None = None,
 ) -> Iterator[PlacesMeasured]:
     """Run a program of a batch size over all `inputs` [N, 3, H, W], with at most `at_once` places at a time."""
     starts = range(0, len(places), at_once)
-    for done, start in enumerate(starts):
-        if progress is not None:
-            progress(done, len(starts))
+    advance = (watch or Silent()).count(len(starts), "passes")
+    for start in starts:
         part = slice(start, start + at_once)
-        yield _measure(program, places[part], records[part], inputs, batch)
-    if progress is not None:
-        progress(len(starts), len(starts))
+        measured = _measure(program, places[part], records[part], inputs, batch)
+        advance(1)
+        yield measured
 
 
 def compare_rows(value: Value, record: ProbeRecord, images: Sequence[int], batch: int) -> npt.NDArray[np.float64]:

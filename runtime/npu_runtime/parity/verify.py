@@ -15,6 +15,7 @@ from npu_runtime.parity.baselines import STORED
 from npu_runtime.parity.ladder import judge_outputs
 from npu_runtime.parity.measure import Measurement
 from npu_runtime.parity.records import Step
+from npu_runtime.steps import Silent, Steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,6 +25,7 @@ def measure_parity(
     artifact: Artifact,
     *,
     backend: str,
+    watch: Steps | None = None,
     **how: Unpack[RunOptions],
 ) -> Iterator[Step]:
     """A step for each frozen batch size, one file open at a time, so that memory holds few weights.
@@ -43,6 +45,7 @@ def measure_parity(
             sizes.append(program.batch)
     for sizes in sizes_of.values():
         with load(artifact, backend=backend, batches=sizes, **how) as encoder:
+            advance = (watch or Silent()).count(sum(-(-len(inputs) // size) * size for size in sizes), "images")
             for size in encoder.batches:
                 start = time.monotonic()
                 runs = -(-len(inputs) // size)
@@ -52,6 +55,7 @@ def measure_parity(
                 for part in np.split(rows, runs):
                     actual = encoder.run(inputs[part], allow_nonfinite=True)
                     measurement.add(actual, {name: array[part] for name, array in expected.items()})
+                    advance(size)
                 outputs = measurement.results(manifest.tolerances_on(encoder.device.kind))
                 status, reason = judge_outputs(outputs)
                 names = tuple(f"reference {seeds[row]}" for row in rows)
