@@ -1,10 +1,10 @@
 """Image files to `pixel_values`, from the manifest alone, with pillow and numpy.
 
-The pixels are those that the encoder's publisher trains and tests with, before normalisation: bit for bit those of
-timm's transform and of transformers' processors on pillow, with the settings that the manifest records. Transformers'
-processors on torchvision resize in PyTorch, whose weights have fewer bits: 1 of 255 off here and there, and in
-a bicubic resize that enlarges one side or sharp noise more, since pillow resizes the side first that leaves
-less to do and both clip to 0..255 in between (tests/runtime/test_publishers.py).
+Before normalisation the pixels are, bit for bit, those of the publisher's own pipeline on pillow with the settings that
+the manifest records: timm's and torchvision's transforms, transformers' processors. Transformers' processors on
+torchvision resize in PyTorch, whose filter weights have fewer bits than pillow's: 1 of 255 off here and there, 2 in
+places. More on sharp noise in a bicubic resize, which is clipped to 0..255 after the first side, and pillow (13, at
+least) does not always take the horizontal one first (tests/exporter/test_publishers.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
-MOST_PIXELS = 1 << 24
-"""Of an enlarged image before the crop, 64 MiB in pillow: reached by images 60 times as long as wide, or more."""
+MOST_PIXELS = 1 << 26
+"""Of an enlarged image before the crop, 256 MiB in pillow: reached by images 250 times as long as wide, or more."""
 
 
 def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing) -> Array:
@@ -77,7 +77,7 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     kind = resample[preprocessing.interpolation]
     (wide, high), box = plan_resize(image.size, preprocessing)
     if wide * high > MOST_PIXELS > image.width * image.height:
-        # 1 x 60,000 would become 224 x 13,440,000. What is cut out alone is 1 of 255 off: pillow's boxes are float32.
+        # 1 x 60,000 would become 224 x 13,440,000. Cut first, values are up to 2 of 255 off: pillow's boxes are float32.
         across, down = image.width / wide, image.height / high
         source = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
         return np.asarray(image.resize((box[2] - box[0], box[3] - box[1]), kind, source))
