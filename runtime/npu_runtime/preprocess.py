@@ -77,7 +77,7 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     kind = resample[preprocessing.interpolation]
     (wide, high), box = plan_resize(image.size, preprocessing)
     if wide * high > MOST_PIXELS > image.width * image.height:
-        # 1 x 60,000 would become 224 x 13,440,000. Cut first, values are up to 2 of 255 off: pillow's boxes are float32.
+        # 1 x 60,000 would become 224 x 13,440,000. Cut first, up to 2 of 255 are off: pillow's boxes are float32.
         across, down = image.width / wide, image.height / high
         source = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
         return np.asarray(image.resize((box[2] - box[0], box[3] - box[1]), kind, source))
