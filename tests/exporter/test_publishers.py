@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -217,3 +217,18 @@ def test_what_is_cut_before_it_is_enlarged_differs_by_two_levels_at_most(
         difference = levels(preprocess(image, steps), whole, steps)
         assert difference.max() <= 2.001
         assert (difference > 1.001).mean() < 1e-3
+
+
+@pytest.mark.parametrize(("interpolation", "apart"), [("bilinear", 1.001), ("bicubic", 32)])
+@pytest.mark.parametrize("size", [(223, 225), (3, 500), (500, 3)])
+def test_on_noise_pixels_are_pillows_and_those_of_torchvision_stay_near_unless_a_bicubic_clips(
+    size: tuple[int, int], interpolation: Literal["bilinear", "bicubic"], apart: float
+) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    steps = dataclasses.replace(by(FIVE[0], "hf"), interpolation=interpolation)
+    pixels = preprocess(noise, steps)
+    on_pillow, on_torchvision = (
+        hugging_face("ViTImageProcessor", steps, on_torchvision=chosen)(noise) for chosen in (False, True)
+    )
+    assert levels(pixels, on_pillow, steps).max() < 0.001
+    assert levels(pixels, on_torchvision, steps).max() <= apart
