@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from npu_export.encoders import ENCODERS
-from npu_export.plan import DEFAULT_OPSET, FORMATS, PRECISIONS, ExportPlan, make_request, plan_export
+from npu_export.plan import DEFAULT_OPSET, FORMATS, PRECISIONS, PUBLISHERS, ExportPlan, make_request, plan_export
 from npu_export.recognise import describe_coverage
 from npu_runtime import __version__
 from npu_runtime.cli.console import (
@@ -20,6 +20,7 @@ from npu_runtime.cli.console import (
     print_weights,
     run_command,
     spell_nbytes,
+    spell_preprocessing,
 )
 from npu_runtime.cli.options import json_option, parse_batches, quiet_option
 from npu_runtime.errors import UsageError
@@ -57,6 +58,12 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ai.onnx opset; ATC reads up to 18.")
 @click.option(
+    "--preprocess",
+    type=click.Choice(PUBLISHERS),
+    help="Whose preparation of images to record, where publishers disagree: Hugging Face's, timm's or the authors'. "
+    " [default: what lies beside the weights, then the first that --list shows]",
+)
+@click.option(
     "--probes",
     is_flag=True,
     help="Record statistics of every block, by which the one where a fault begins can be found in the artifact later.",
@@ -83,6 +90,7 @@ def command(
     image_size: int | None,
     precision: str,
     opset: int,
+    preprocess: str | None,
     probes: bool,
     output: Path | None,
     dry_run: bool,
@@ -121,6 +129,7 @@ def command(
         image_size=image_size,
         precision=precision,
         opset=opset,
+        preprocess=preprocess,
         probes=probes,
         output=output,
         force=force,
@@ -152,6 +161,7 @@ def _print_list(as_json: bool) -> None:
                 "parameters": e.published.parameters,
                 "inputs": to_json(e.inputs),
                 "outputs": to_json(e.outputs),
+                "preprocessing": to_json(e.preprocessing),
                 "layouts": {n: [known.about for known in e.layouts if known.name == n] for n in e.layout_names()},
             }
             for e in ENCODERS
@@ -163,6 +173,8 @@ def _print_list(as_json: bool) -> None:
         print_line(f"  parameters     {encoder.published.parameters:,}")
         for layout in encoder.layouts:
             print_line(f"  layout         {layout.name:<9} {layout.about}")
+        for steps in encoder.preprocessing:
+            print_line(f"  images         {spell_preprocessing(steps)}")
         for spec in (*encoder.inputs, *encoder.outputs):
             print_line(f"  {spec.name:<13}  {spec.dtype} [{', '.join(map(str, spec.shape))}]")
     print_line(f"formats     {', '.join(FORMATS)}")
@@ -221,6 +233,7 @@ def _print_plan(plan: ExportPlan, as_json: bool) -> None:
     )
     for spec in (*encoder.inputs, *encoder.outputs):
         print_line(f"            {spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]")
+    print_line(f"  images    {spell_preprocessing(plan.preprocessing)}")
     if described["probes"]:
         print_line(f"  probes    {len(described['probes'])} boundaries: {', '.join(described['probes'])}")
     for name, nbytes in plan.sizes().items():

@@ -62,6 +62,7 @@ def export(
     image_size: int | None = None,
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
+    preprocess: str | None = None,
     probes: bool = False,
     output: str | Path | None = None,
     force: bool = False,
@@ -72,8 +73,9 @@ def export(
     `model` is a name, hub id or alias; `weights` a path, `hf:ID[@REVISION]`, `ms:ID[@REVISION]` or
     `random:SEED`, the hub's own without it. `layout` and `prefix` insist on how the checkpoint's keys are
     spelled; `image_size`, in pixels, may have its positions resampled. `precision` is that of weights and
-    compute: fp32, fp16 or bf16. `probes` records statistics of every block, by which `localise` finds a fault in
-    the artifact later. `output` is the artifact folder itself, `./NAME-PRECISION` without it. Raises
+    compute: fp32, fp16 or bf16. `preprocess` says whose preparation of images to record: hf, timm or upstream, the
+    settings beside the weights without it. `probes` records statistics of every block, by which `localise` finds
+    a fault in the artifact later. `output` is the artifact folder itself, `./NAME-PRECISION` without it. Raises
     UsageError for arguments that do not fit, CheckpointError for weights that cannot be used whole,
     LintError for a program that would not run on Ascend, ParityError when a frozen program differs from
     the reference by more than its tolerance, ArtifactError or Error when files cannot be written.
@@ -87,6 +89,7 @@ def export(
         image_size=image_size,
         precision=precision,
         opset=opset,
+        preprocess=preprocess,
         probes=probes,
         output=output,
         force=force,

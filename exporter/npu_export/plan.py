@@ -16,7 +16,7 @@ from npu_export.network import WeightsPlan, plan_weights
 from npu_export.precision import require_kernels
 from npu_export.preprocessor_config import resolve_preprocessing
 from npu_export.weights import find_weights
-from npu_runtime.artifact.schema import Precision, Preprocessing
+from npu_runtime.artifact.schema import Precision, Preprocessing, Publisher
 from npu_runtime.artifact.staging import check_output
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import UnavailableError, UsageError
@@ -28,6 +28,7 @@ PRECISIONS: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Precision -> bytes of a weight."""
 PACKAGES = {"torchscript": ("torch",), "onnx": ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")}
 """Format -> modules that freezing to it, and checking the result, imports."""
+PUBLISHERS: tuple[Publisher, ...] = ("hf", "timm", "upstream")
 DEFAULT_OPSET = 18
 LEAST_OPSET = 11
 """The oldest ai.onnx opset that ATC documents."""
@@ -53,6 +54,8 @@ class Request:
     """Whether positions for another image size may be resampled: only where a size was asked for."""
     precision: Precision
     opset: int
+    preprocess: Publisher | None
+    """Whose preparation of images to record; None for the settings beside the weights, then the encoder's first."""
     probes: bool
     output: Path
     force: bool
@@ -99,6 +102,7 @@ def make_request(
     image_size: int | None = None,
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
+    preprocess: str | None = None,
     probes: bool = False,
     output: str | Path | None = None,
     force: bool = False,
@@ -110,6 +114,7 @@ def make_request(
         ("format", formats, FORMATS),
         ("precision", (precision,), tuple(PRECISIONS)),
         ("layout", (layout,), ("auto", *encoder.layout_names())),
+        ("publisher", (preprocess or PUBLISHERS[0],), PUBLISHERS),
     ):
         unknown = [value for value in values if value not in choices]
         if unknown or not values:
@@ -135,6 +140,7 @@ def make_request(
         image_size is not None,
         cast(Precision, precision),
         opset,
+        cast("Publisher | None", preprocess),
         probes,
         Path(output) if output is not None else Path(f"{encoder.name}{size}-{precision}"),
         force,
@@ -172,7 +178,7 @@ def plan_export(request: Request, weights: str | None, steps: Steps | None = Non
             request.encoder, checkpoint, request.layout, prefix=request.prefix, resample=request.resample
         )
         watch.detail(f"{checkpoint.source}: {plan.why}")
-        return ExportPlan(request, plan, resolve_preprocessing(plan))
+        return ExportPlan(request, plan, resolve_preprocessing(plan, request.preprocess))
 
 
 def _check_packages(formats: Sequence[str]) -> None:

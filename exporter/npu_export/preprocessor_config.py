@@ -10,7 +10,8 @@ from typing import Literal
 from npu_export.checkpoint import CONFIG_FILE, PREPROCESSOR_FILE
 from npu_export.errors import CheckpointError
 from npu_export.network import WeightsPlan
-from npu_runtime.artifact.schema import Preprocessing
+from npu_runtime.artifact.schema import Preprocessing, Publisher
+from npu_runtime.errors import UsageError
 
 _REFUSED = ("do_pad", "do_flip_channel_order", "rescale_offset")
 _INTERPOLATION: Mapping[object, Literal["bilinear", "bicubic"]] = {
@@ -22,19 +23,29 @@ _INTERPOLATION: Mapping[object, Literal["bilinear", "bicubic"]] = {
 """PIL.Image.Resampling, as Hugging Face's file holds it, and timm's names."""
 
 
-def resolve_preprocessing(plan: WeightsPlan) -> Preprocessing:
+def resolve_preprocessing(plan: WeightsPlan, publisher: Publisher | None = None) -> Preprocessing:
     """What the checkpoint's own settings say, the encoder's default where it brings none.
 
-    Hugging Face's preprocessor_config.json comes first, then timm's config.json. Settings for images of
-    another size give everything but that size. Raises CheckpointError for settings that would give other
-    pixels than `Preprocessing` can express.
+    Hugging Face's preprocessor_config.json comes first, then timm's config.json. A publisher that was asked for is
+    taken alone: its file where that lies beside the weights, else what the encoder knows of it. Settings for
+    images of another size give everything but that size. Raises UsageError for a publisher without either,
+    CheckpointError for settings that would give other pixels than `Preprocessing` can express.
     """
-    default, checkpoint = plan.encoder.preprocessing, plan.checkpoint
-    if checkpoint.preprocessor is not None:
+    checkpoint = plan.checkpoint
+    known = {steps.publisher: steps for steps in plan.encoder.preprocessing}
+    default = known.get(publisher, plan.encoder.preprocessing[0])
+    if checkpoint.preprocessor is not None and publisher in (None, "hf"):
         return _from_hugging_face(checkpoint.preprocessor, default, checkpoint.source)
     pretrained = (checkpoint.config or {}).get("pretrained_cfg")
-    if isinstance(pretrained, dict):
+    if isinstance(pretrained, dict) and publisher in (None, "timm"):
         return _from_timm(pretrained, default, checkpoint.source)
+    if publisher is not None and publisher not in known:
+        raise UsageError(
+            f"{plan.encoder.name} is not known to be prepared for by this publisher in a way of its own",
+            expected=", ".join(str(name) for name in known),
+            got=publisher,
+            hint="without --preprocess the settings beside the weights hold, then the first of these",
+        )
     return default
 
 
@@ -53,7 +64,12 @@ def _from_hugging_face(config: Mapping[str, object], default: Preprocessing, whe
     resized = default if (size, size) != default.size else replace(default, shortest_edge=edge)
     note = "" if (size, size) == default.size else f", which is for {size} pixels"
     return _with_pixels(
-        replace(resized, source=PREPROCESSOR_FILE + note),
+        replace(
+            resized,
+            source=PREPROCESSOR_FILE + note,
+            publisher="hf",
+            crop_offset="even" if resized.shortest_edge is None else "down",
+        ),
         interpolation=("resample", config.get("resample", 3 if crops else 2)),  # the defaults of those classes
         mean=("image_mean", config.get("image_mean")),
         std=("image_std", config.get("image_std")),
@@ -71,7 +87,13 @@ def _from_timm(config: Mapping[str, object], default: Preprocessing, where: str)
         crop = 1.0
     edge = math.floor(default.size[0] / crop)
     return _with_pixels(
-        replace(default, shortest_edge=edge, source=f"pretrained_cfg in {CONFIG_FILE}"),
+        replace(
+            default,
+            shortest_edge=edge,
+            source=f"pretrained_cfg in {CONFIG_FILE}",
+            publisher="timm",
+            crop_offset="even",
+        ),
         interpolation=("interpolation", config.get("interpolation", "bicubic")),
         mean=("mean", config.get("mean")),
         std=("std", config.get("std")),

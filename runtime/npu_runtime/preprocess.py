@@ -1,22 +1,32 @@
-"""Image files to `pixel_values`, from the manifest alone, with pillow and numpy."""
+"""Image files to `pixel_values`, from the manifest alone, with pillow and numpy.
+
+Before normalisation the pixels are, bit for bit, those of the publisher's own pipeline on pillow with the settings that
+the manifest records: timm's and torchvision's transforms, transformers' processors. Transformers' processors on
+torchvision resize in PyTorch, whose filter weights have fewer bits than pillow's: 1 of 255 off here and there, 2 in
+places. More on sharp noise in a bicubic resize, which is clipped to 0..255 after the first side, and pillow (13, at
+least) does not always take the horizontal one first (tests/exporter/test_publishers.py).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from npu_runtime.artifact.schema import Preprocessing
-from npu_runtime.errors import InputError, UnavailableError
+from npu_runtime.decode import read_upright, to_upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Array = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+
+MOST_PIXELS = 1 << 26
+"""Of an enlarged image before the crop, 256 MiB in pillow: reached by images 250 times as long as wide, or more."""
 
 
 def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing) -> Array:
@@ -24,44 +34,20 @@ def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preproce
 
     Raises InputError with the path of the first file that is missing or no image.
     """
-    height, width = preprocessing.size
-    pixel_values = np.empty((len(paths), 3, height, width), np.float32)
+    pixel_values = np.empty((len(paths), 3, *preprocessing.size), np.float32)
     for row, path in zip(pixel_values, paths):
-        with _open_image(path) as image:
-            row[:] = preprocess(image, preprocessing)
+        normalise(resize_and_crop(read_upright(path), preprocessing), preprocessing, out=row)
     return pixel_values
 
 
-def read_upright(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file as RGB of 8 bits, upright by its EXIF orientation. Raises InputError as `read_images` does."""
-    with _open_image(path) as image:
-        return _to_upright_rgb(image)
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Array:
+    """One image as float32 [3, H, W]: upright by its EXIF orientation, as RGB, resized, cropped and normalised.
 
-
-@contextlib.contextmanager
-def _open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """An open image; what fails while it is used is an InputError with its path."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise UnavailableError("reading images needs pillow", hint="pip install pillow") from error
-    try:
-        with Image.open(path) as image:
-            yield image
-    except UnidentifiedImageError:
-        raise InputError("this file is no image that pillow reads", where=path) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError("the image cannot be read", where=path, got=error) from error
-
-
-def image_suffixes() -> frozenset[str]:
-    """How names of files end that pillow reads, in lower case with the dot."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UnavailableError("reading images needs pillow", hint="pip install pillow") from error
-    Image.init()
-    return frozenset(suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN)
+    Raises ValueError for a mode that has no known way to RGB.
+    """
+    pixel_values = np.empty((3, *preprocessing.size), np.float32)
+    normalise(resize_and_crop(to_upright_rgb(image), preprocessing), preprocessing, out=pixel_values)
+    return pixel_values
 
 
 def plan_resize(
@@ -69,50 +55,46 @@ def plan_resize(
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """Width and height to resize an image of this width and height to, and the box to cut from the result.
 
-    Rounded as torchvision's Resize and CenterCrop do (transforms/functional.py): the longer side down, the
-    margin to the nearest even number.
+    Rounded as the publishers do: the longer side down; half of an odd margin to even in torchvision's CenterCrop,
+    which timm and open_clip use (transforms/functional.py), and down in transformers (image_transforms.py).
+    The shortest edge is never below the size, so that nothing has to be padded.
     """
     height, width = preprocessing.size
     if preprocessing.shortest_edge is None:
         return (width, height), (0, 0, width, height)
     edge, shorter = preprocessing.shortest_edge, min(size)
     wide, high = (edge if side == shorter else edge * side // shorter for side in size)
-    left, top = round((wide - width) / 2), round((high - height) / 2)
+    down = preprocessing.crop_offset == "down"
+    left, top = ((margin // 2 if down else round(margin / 2)) for margin in (wide - width, high - height))
     return (wide, high), (left, top, left + width, top + height)
 
 
-def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Array:
-    """One image as float32 [3, H, W].
-
-    Upright by its EXIF orientation, as RGB, resized in 8 bits as Hugging Face's ViTImageProcessor and
-    timm's transforms do, scaled to 0..1, then `(x - mean) / std`. Raises ValueError for more than 8 bits
-    of grey, which pillow clips to white.
-    """
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
+    """The pixels uint8 [H, W, 3] of an RGB image that is upright, resized with antialiasing in 8 bits."""
     from PIL import Image
 
     resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    upright = _to_upright_rgb(image)
-    size, box = plan_resize(upright.size, preprocessing)
-    resized = upright.resize(size, resample[preprocessing.interpolation]).crop(box)
-    pixels = np.asarray(resized, np.float32) / np.float32(255)
-    normalised = (pixels - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    kind = resample[preprocessing.interpolation]
+    (wide, high), box = plan_resize(image.size, preprocessing)
+    if wide * high > MOST_PIXELS > image.width * image.height:
+        # 1 x 60,000 would become 224 x 13,440,000. Cut first, up to 2 of 255 are off: pillow's boxes are float32.
+        across, down = image.width / wide, image.height / high
+        source = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
+        return np.asarray(image.resize((box[2] - box[0], box[3] - box[1]), kind, source))
+    return np.asarray(image.resize((wide, high), kind).crop(box))
 
 
-def denormalise(pixel_values: Array, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def normalise(pixels: Pixels, preprocessing: Preprocessing, *, out: Array) -> None:
+    """Write pixels [H, W, 3] to `out` [3, H, W]: scaled to 0..1, minus the mean, divided by the deviation."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    for channel, mean, std in zip(range(3), preprocessing.mean, preprocessing.std):
+        table = (levels - np.float32(mean)) / np.float32(std)
+        np.take(table, pixels[..., channel], out=out[channel], mode="clip")  # which needs no buffer; bytes are inside
+
+
+def denormalise(pixel_values: Array, preprocessing: Preprocessing) -> Pixels:
     """The colours [H, W, 3] that `preprocess` made `pixel_values` [3, H, W] from; NaN and infinity are clipped."""
     channels = pixel_values.transpose(1, 2, 0)
     colours = channels * np.array(preprocessing.std, np.float32) + np.array(preprocessing.mean, np.float32)
-    rounded: npt.NDArray[np.uint8] = np.rint(np.nan_to_num(colours).clip(0, 1) * 255).astype(np.uint8)
+    rounded: Pixels = np.rint(np.nan_to_num(colours).clip(0, 1) * 255).astype(np.uint8)
     return rounded
-
-
-def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    from PIL import ImageOps
-
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode[0] in "IF":
-        raise ValueError(f"pillow mode {upright.mode} has more than 8 bits a channel; scale it to 8 bits first")
-    if upright.mode == "P":  # pillow warns of a palette with alpha that goes to RGB directly; the colours are the same
-        upright = upright.convert("RGBA")
-    return upright.convert("RGB")

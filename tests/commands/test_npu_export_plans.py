@@ -191,3 +191,45 @@ def test_a_prefix_that_no_key_has_is_refused(call: Callable[..., Any], tiny_chec
     assert (result.code, result.out) == (1, "")
     assert "no key of the checkpoint starts with 'text.'" in result.err
     assert "keys that start with vit." in result.err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "publisher", "shown"),
+    [
+        ((), "hf", "squashed to 32 x 32, bilinear"),
+        (("--preprocess", "hf"), "hf", "squashed to 32 x 32, bilinear"),
+        (("--preprocess", "timm"), "timm", "shorter side to 35, centre 32 x 32, bicubic"),
+    ],
+)
+def test_a_dry_run_says_whose_preparation_of_images_would_be_recorded(
+    dry_run: Callable[..., Any],
+    call: Callable[..., Any],
+    tmp_path: Path,
+    chosen: tuple[str, ...],
+    publisher: str,
+    shown: str,
+) -> None:
+    assert dry_run(*chosen)["preprocessing"]["publisher"] == publisher
+    text = call(*BASE, *chosen, "--output", tmp_path / "a", "--dry-run").out
+    assert re.search(rf"^  images +{shown}, mean 0\.5/0\.5/0\.5, .*\({publisher}: ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"), [("upstream", ("hf, timm", "upstream")), ("openclip", ("'hf', 'timm', 'upstream'", "openclip"))]
+)
+def test_a_publisher_that_an_encoder_or_the_table_does_not_have_is_wrong_usage(
+    call: Callable[..., Any], tmp_path: Path, chosen: str, told: tuple[str, str]
+) -> None:
+    result = call(*BASE, "--preprocess", chosen, "--output", tmp_path / "a", "--dry-run")
+    assert (result.code, result.out) == (2, "")
+    for text in told:
+        assert text in result.err
+
+
+def test_the_list_shows_how_each_publisher_prepares_images(call: Callable[..., Any]) -> None:
+    rows = {row["encoder"]: row for row in call("npu-export", "--list", "--json").json["encoders"]}
+    text = call("npu-export", "--list").out
+    for encoder in ENCODERS:
+        listed = rows[encoder.name]["preprocessing"]
+        assert [steps["publisher"] for steps in listed] == [steps.publisher for steps in encoder.preprocessing]
+        assert all(f"({steps.publisher}: {steps.source})" in text for steps in encoder.preprocessing)

@@ -70,7 +70,7 @@ def test_a_manifest_says_what_was_frozen(tiny_artifact: Path) -> None:
     assert (manifest.inputs, manifest.outputs) == (tiny.TINY.inputs, tiny.TINY.outputs)
     assert manifest.tolerances_on("cpu") == tiny.TINY.published.tolerances["fp32"]
     assert [t.limit for t in manifest.tolerances_on("npu")] == [10 * t.limit for t in manifest.tolerances_on("cpu")]
-    assert manifest.preprocessing == tiny.TINY.preprocessing
+    assert manifest.preprocessing == tiny.TINY.preprocessing[0]
     assert [(p.format, p.file, p.batch, p.entry_point, p.opset, p.needs) for p in manifest.programs] == [
         ("torchscript", "model.ts", 1, "b1", None, ()),
         ("torchscript", "model.ts", 4, "b4", None, ()),

@@ -8,16 +8,18 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
+from npu_export.encoders import ENCODERS
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.errors import CheckpointError
 from npu_export.network import plan_weights
-from npu_export.plan import make_request, plan_export
+from npu_export.plan import PUBLISHERS, make_request, plan_export
 from npu_export.preprocessor_config import resolve_preprocessing
 from npu_export.timm_import import import_timm
 from npu_export.weights import find_weights
-from npu_runtime.artifact.schema import Preprocessing
+from npu_runtime.artifact.schema import Preprocessing, Publisher
+from npu_runtime.errors import UsageError
 
-DEFAULT = tiny.TINY.preprocessing
+DEFAULT = tiny.TINY.preprocessing[0]
 NORMALISED = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
@@ -25,10 +27,11 @@ def resolve(
     settings: dict[str, object] | None,
     encoder: EncoderSpec = tiny.TINY,
     config: dict[str, object] | None = None,
+    publisher: Publisher | None = None,
 ) -> Preprocessing:
     checkpoint = find_weights(encoder, "random:0")
     return resolve_preprocessing(
-        plan_weights(encoder, dataclasses.replace(checkpoint, preprocessor=settings, config=config))
+        plan_weights(encoder, dataclasses.replace(checkpoint, preprocessor=settings, config=config)), publisher
     )
 
 
@@ -44,6 +47,7 @@ def test_settings_are_taken_over_and_named_as_the_source() -> None:
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         source="preprocessor_config.json",
+        publisher="hf",
     )
 
 
@@ -155,6 +159,7 @@ def test_a_centre_crop_of_the_encoders_size_is_taken_over(encoder: EncoderSpec, 
         settings = {"size": {"shortest_edge": size + longer}, "crop_size": {"height": size, "width": size}}
     got = resolve({**CROPPED, **settings}, encoder)
     assert (got.size, got.shortest_edge, got.interpolation) == ((size, size), size + longer, "bicubic")
+    assert (got.publisher, got.crop_offset) == ("hf", "down")
     assert got.source == "preprocessor_config.json"
 
 
@@ -170,7 +175,8 @@ def test_a_centre_crop_of_the_encoders_size_is_taken_over(encoder: EncoderSpec, 
 )
 def test_settings_for_another_size_give_all_but_the_resize(encoder: EncoderSpec, settings: dict[str, object]) -> None:
     got = resolve(settings, encoder)
-    assert (got.size, got.shortest_edge) == (encoder.preprocessing.size, encoder.preprocessing.shortest_edge)
+    default = encoder.preprocessing[0]
+    assert (got.size, got.shortest_edge) == (default.size, default.shortest_edge)
     assert (got.interpolation, got.mean, got.std) == ("bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert got.source == "preprocessor_config.json, which is for 224 pixels"
 
@@ -212,6 +218,7 @@ def test_timms_settings_are_taken_over_and_named_as_the_source(crop: dict[str, o
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         source="pretrained_cfg in config.json",
+        publisher="timm",
     )
 
 
@@ -260,6 +267,43 @@ def test_hugging_faces_settings_come_before_timms() -> None:
 @pytest.mark.parametrize("config", [{}, {"pretrained_cfg": None}, {"pretrained_cfg": "vit"}, {"crop_pct": 0.9}])
 def test_a_config_without_settings_for_images_leaves_the_encoders_default(config: dict[str, object]) -> None:
     assert resolve(None, config=config) == DEFAULT
+
+
+def test_a_publisher_that_was_asked_for_is_taken_alone() -> None:
+    both: tuple[dict[str, object], EncoderSpec, dict[str, object]] = (
+        {**NORMALISED, "resample": 2},
+        tiny.TINY,
+        {"pretrained_cfg": TIMM},
+    )
+    assert resolve(*both, "hf") == resolve(both[0])
+    assert resolve(*both, "timm") == resolve(None, config=both[2])
+    assert resolve(*both[:2], None, "timm") == tiny.TINY.preprocessing[1]
+    assert resolve(None, *both[1:], "hf") == tiny.TINY.preprocessing[0]
+    upstream = resolve({**NORMALISED, "resample": 3}, tiny.TINY_PE_LANG, both[2], "upstream")
+    assert upstream == tiny.TINY_PE_LANG.preprocessing[0]
+
+
+@pytest.mark.parametrize("encoder", [tiny.TINY, tiny.TINY_CONVNEXT, tiny.TINY_AIMV2], ids=lambda e: e.name)
+def test_a_publisher_with_no_way_of_its_own_is_refused_with_those_that_have_one(encoder: EncoderSpec) -> None:
+    known = [steps.publisher for steps in encoder.preprocessing]
+    absent = next(name for name in PUBLISHERS if name not in known)
+    with pytest.raises(UsageError) as raised:
+        resolve(None, encoder, publisher=absent)
+    assert (raised.value.expected, raised.value.got) == (", ".join(map(str, known)), absent)
+
+
+def test_settings_for_another_size_are_resized_in_proportion_where_their_publisher_is_asked_for() -> None:
+    published = {**CROPPED, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    got = resolve(published, tiny.TINY_DINOV2, publisher="hf")
+    assert (got.size, got.shortest_edge, got.crop_offset) == ((56, 56), 64, "down")
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, ids=lambda encoder: encoder.name)
+def test_every_publisher_is_named_once_and_prepares_images_of_the_encoders_size(encoder: EncoderSpec) -> None:
+    publishers = [steps.publisher for steps in encoder.preprocessing]
+    assert None not in publishers
+    assert len(set(publishers)) == len(publishers) > 1
+    assert {steps.size for steps in encoder.preprocessing} == {(encoder.image_size, encoder.image_size)}
 
 
 def test_a_plan_carries_the_settings_beside_the_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:

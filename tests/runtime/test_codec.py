@@ -115,6 +115,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
             draw(st.tuples(NUMBER, NUMBER, NUMBER)),
             draw(st.tuples(positive, positive, positive)),
             draw(TEXT),
+            draw(st.sampled_from([None, "hf", "timm", "upstream"])),
+            draw(st.sampled_from(["even", "down"])),
         ),
         tolerances=tuple(draw(st.lists(tolerances, max_size=2))),
         provenance=Provenance(draw(weights), draw(st.dictionaries(TEXT, TEXT, max_size=2)), draw(st.none() | TEXT)),
@@ -194,8 +196,10 @@ def test_every_manifest_of_an_older_minor_is_read() -> None:
         manifest = decode_manifest(file.read_text("utf-8"), str(file))
         assert manifest.encoder == "tiny-vit"
         assert (manifest.reference.numerics == {}) is (file.stem == "2.0")
-        assert (manifest.probes, [output.groups for output in manifest.outputs]) == (None, [(), ()])
-        assert manifest.tolerances_on("npu") == manifest.tolerances_on("cpu") == manifest.tolerances
+        before_devices = file.stem in ("2.0", "2.1")
+        assert (manifest.probes, [output.groups for output in manifest.outputs] == [(), ()]) == (None, before_devices)
+        assert (manifest.tolerances_on("npu") == manifest.tolerances) is before_devices
+        assert (manifest.preprocessing.publisher, manifest.preprocessing.crop_offset) == (None, "even")
 
 
 def test_a_newer_minor_is_read_and_what_it_adds_is_ignored(document: dict[str, Any]) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from npu_export.encoders.blocks import (
     build_timm,
-    clip_preprocessing,
     embedding_and_tokens,
     fuse_qkv,
     mean_and_tokens,
 )
+from npu_export.encoders.images import CLIP, crop
 from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Published, limits
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Reshape
@@ -150,7 +150,11 @@ def aimv2_encoder(published: Published, shape: Aimv2Shape) -> EncoderSpec:
             layout("apple", _apple_rules(), about="Apple's original"),
             layout("timm", tuple(rename(key, key) for key in TIMM_KEYS), about="timm's file"),
         ),
-        preprocessing=clip_preprocessing(shape.image, "the encoder's default, as Apple's preprocessor_config.json"),
+        preprocessing=(
+            # Apple publishes no other way than this file, which Hugging Face's CLIPImageProcessor reads.
+            crop(shape.image, shape.image, CLIP, "hf", "the encoder's default, as Apple's preprocessor_config.json"),
+            crop(shape.image, shape.image, CLIP, "timm", "timm's configuration"),
+        ),
         at_size=lambda image: aimv2_encoder(published, replace(shape, image=image)),
     )
 

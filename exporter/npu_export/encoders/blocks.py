@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from npu_export.keymap import Drop, Rule, concatenate, rename
 from npu_export.timm_import import import_timm
-from npu_runtime.artifact.schema import Preprocessing, TensorSpec, TokenGroup
+from npu_runtime.artifact.schema import TensorSpec, TokenGroup
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,18 +66,6 @@ def embedding_and_tokens(width: int, *, patches: int, cls: int = 0, registers: i
     return (
         TensorSpec("embedding", "float32", ("B", width)),
         TensorSpec("tokens", "float32", ("B", tokens, width), tuple(g for g in groups if g.start < g.stop)),
-    )
-
-
-def clip_preprocessing(image_size: int, source: str) -> Preprocessing:
-    """As OpenAI's CLIP has it: the shorter side to size, the centre, its means and deviations (clip/clip.py)."""
-    return Preprocessing(
-        size=(image_size, image_size),
-        shortest_edge=image_size,
-        interpolation="bicubic",
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
-        source=source,
     )
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from npu_export.encoders.blocks import (
     OPEN_CLIP_TEXT_TOWER,
     build_timm,
-    clip_preprocessing,
     own_head,
 )
+from npu_export.encoders.images import CLIP, crop
 from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Published, limits
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Zeros
@@ -92,7 +92,11 @@ def convnext_encoder(published: Published, shape: ConvNextShape) -> EncoderSpec:
                 beside=OPEN_CLIP_TEXT_TOWER,
             ),
         ),
-        preprocessing=clip_preprocessing(shape.image, "the encoder's default, as open_clip's configuration"),
+        preprocessing=(
+            crop(shape.image, shape.image, CLIP, "upstream", "the encoder's default, as open_clip's configuration"),
+            # Hugging Face reads timm's repositories by TimmWrapperImageProcessor, which is timm's transform.
+            crop(shape.image, shape.image, CLIP, "timm", "timm's configuration"),
+        ),
         at_size=lambda image: convnext_encoder(published, replace(shape, image=image)),
     )
 

@@ -15,11 +15,12 @@ from npu_export.encoders.blocks import (
     keep_modules,
     rename_modules,
 )
+from npu_export.encoders.images import IMAGENET, crop
 from npu_export.encoders.spec import EncoderSpec, Layout, Positions, Published, limits
 from npu_export.encoders.vit import TIMM_BLOCK, VitShape
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import FoldPosition
-from npu_runtime.artifact.schema import Precision, Preprocessing, Tolerance
+from npu_runtime.artifact.schema import Precision, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,13 +130,23 @@ def dinov2_encoder(published: Published, shape: VitShape) -> EncoderSpec:
             hf(rules=_hf_rules(old_names, "output.dense"), about="the hub's file"),
             hf(rules=_hf_rules(("q_proj", "k_proj", "v_proj"), "o_proj"), about="a state dict saved in transformers 5"),
         ),
-        preprocessing=Preprocessing(
-            size=(shape.image, shape.image),
-            shortest_edge=shape.image,
-            interpolation="bicubic",
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            source="the encoder's default, as timm's configuration",
+        preprocessing=(
+            crop(shape.image, shape.image, IMAGENET, "timm", "the encoder's default, as timm's configuration"),
+            crop(
+                shape.image,
+                shape.image * 256 // 224,
+                IMAGENET,
+                "hf",
+                "Hugging Face's BitImageProcessor, 256 to 224 pixels, in proportion",
+            ),
+            # make_classification_eval_transform in facebookresearch/dinov2, dinov2/data/transforms.py
+            crop(
+                shape.image,
+                shape.image * 256 // 224,
+                IMAGENET,
+                "upstream",
+                "Meta's evaluation, 256 to 224 pixels, in proportion",
+            ),
         ),
         at_size=lambda image: dinov2_encoder(published, replace(shape, image=image)),
     )

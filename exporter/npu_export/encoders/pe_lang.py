@@ -16,11 +16,12 @@ from npu_export.encoders.blocks import (
     keep_modules,
     rename_modules,
 )
+from npu_export.encoders.images import HALF, crop, squash
 from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Positions, Published, limits
 from npu_export.encoders.vit import TIMM_BLOCK, VitShape
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Reshape
-from npu_runtime.artifact.schema import Precision, Preprocessing, Tolerance
+from npu_runtime.artifact.schema import Precision, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,13 +107,11 @@ def pe_lang_encoder(published: Published, shape: VitShape, reference_grid: int) 
                 positions=Positions("pos_embed", 1, "bicubic", antialias=True),
             ),
         ),
-        preprocessing=Preprocessing(
-            size=(shape.image, shape.image),
-            shortest_edge=None,
-            interpolation="bilinear",
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            source="the encoder's default, as Meta's transforms",
+        preprocessing=(
+            # get_image_transform in facebookresearch/perception_models, core/vision_encoder/transforms.py
+            squash(shape.image, "bilinear", HALF, "upstream", "the encoder's default, as Meta's transforms"),
+            squash(shape.image, "bicubic", HALF, "hf", "a single tile of Hugging Face's PerceptionLMImageProcessor"),
+            crop(shape.image, shape.image, HALF, "timm", "timm's configuration"),
         ),
         at_size=lambda image: pe_lang_encoder(published, replace(shape, image=image), reference_grid),
     )

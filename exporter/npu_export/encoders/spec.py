@@ -90,7 +90,8 @@ class EncoderSpec:
     network itself as its attribute `network`."""
     layouts: tuple[Layout, ...]
     """The first is the one that the hub's own file has."""
-    preprocessing: Preprocessing
+    preprocessing: tuple[Preprocessing, ...]
+    """How publishers of these weights prepare images, one each; the first holds where nothing else is asked for."""
     at_size: Callable[[int], EncoderSpec]
     """The same encoder for images of another size."""
 

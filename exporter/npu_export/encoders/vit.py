@@ -16,10 +16,11 @@ from npu_export.encoders.blocks import (
     keep_modules,
     rename_modules,
 )
+from npu_export.encoders.images import HALF, crop, squash
 from npu_export.encoders.spec import EncoderSpec, Layout, Positions, Published, limits
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Chain, Concatenate, Operation, Reshape, Transpose
-from npu_runtime.artifact.schema import Precision, Preprocessing, Tolerance
+from npu_runtime.artifact.schema import Precision, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -196,13 +197,11 @@ def vit_encoder(published: Published, shape: VitShape) -> EncoderSpec:
             jax(rules=_jax_rules(shape, 0, 1, 0), about="Google's .npz, numbered anew"),
             jax(rules=_jax_rules(shape, 0, 1, 0, "pos_embedding"), about="big_vision's .npz", prefix="params/"),
         ),
-        preprocessing=Preprocessing(
-            size=(shape.image, shape.image),
-            shortest_edge=None,
-            interpolation="bilinear",
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            source="the encoder's default, as Hugging Face's ViTImageProcessor",
+        preprocessing=(
+            squash(shape.image, "bilinear", HALF, "hf", "the encoder's default, as Hugging Face's ViTImageProcessor"),
+            # Google's own (google-research/vision_transformer, vit_jax/input_pipeline.py) squashes by a bilinear too,
+            # but without antialiasing, which pillow does not do.
+            crop(shape.image, int(shape.image / 0.9), HALF, "timm", "timm's configuration, crop_pct 0.9"),
         ),
         at_size=lambda image: vit_encoder(published, replace(shape, image=image)),
     )

@@ -6,6 +6,7 @@ Versions of the schema:
          weights.prefix; precisions fp16 and bf16.
     2.1  reference.numerics, which 2.0 lacks.
     2.2  tolerances[].device, outputs[].groups, probes.
+    2.3  preprocessing.publisher and .crop_offset, which was always even.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SCHEMA_MAJOR = 2
-SCHEMA_MINOR = 2
+SCHEMA_MINOR = 3
 
 MANIFEST_NAME = "manifest.json"
 
@@ -24,6 +25,9 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 
 DeviceKind = Literal["cpu", "cuda", "npu"]
+
+Publisher = Literal["hf", "timm", "upstream"]
+"""Whose processor prepares images: Hugging Face's, timm's, or that of those who trained the encoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,11 @@ class Preprocessing:
     std: tuple[float, float, float]
     source: str
     """Where these values come from."""
+    publisher: Publisher | None = None
+    """Whose processor they are; None where that was not recorded."""
+    crop_offset: Literal["even", "down"] = "even"
+    """How half a pixel is rounded where the margin before the crop is odd: to the even neighbour as torchvision
+    does, or down as transformers does, which is a shift by one pixel for margins of 3, 7, 11, …"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from npu_runtime.artifact.schema import Manifest
+from npu_runtime.artifact.schema import Manifest, Preprocessing
 from npu_runtime.backends.base import SessionReport
 from npu_runtime.cli.progress import NAME_WIDTH, Count, RunningLine, told_now_and_then
 from npu_runtime.errors import Error, UnavailableError
@@ -93,6 +93,17 @@ def _spell_numerics(report: SessionReport) -> str:
 def spell_nbytes(nbytes: int) -> str:
     """A size as people read it, in units of 1000 bytes."""
     return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
+
+
+def spell_preprocessing(steps: Preprocessing) -> str:
+    """How images are prepared, and by whom, on one line."""
+    size = f"{steps.size[0]} x {steps.size[1]}"
+    resized = f"shorter side to {steps.shortest_edge}, centre {size}"
+    if steps.shortest_edge is None:
+        resized = f"squashed to {size}"
+    mean, std = ("/".join(f"{value:g}" for value in values) for values in (steps.mean, steps.std))
+    told = "" if steps.publisher is None else f"{steps.publisher}: "
+    return f"{resized}, {steps.interpolation}, mean {mean}, std {std} ({told}{steps.source})"
 
 
 def print_weights(manifest: Manifest) -> None:

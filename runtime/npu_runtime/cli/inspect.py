@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import click
 
-from npu_runtime.artifact.schema import Preprocessing, TensorSpec
+from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.artifact.store import open_artifact
-from npu_runtime.cli.console import print_json, print_line, print_table, print_weights, spell_nbytes
+from npu_runtime.cli.console import (
+    print_json,
+    print_line,
+    print_table,
+    print_weights,
+    spell_nbytes,
+    spell_preprocessing,
+)
 from npu_runtime.cli.options import artifact_argument, json_option, quiet_option
 from npu_runtime.structured import to_json
 
@@ -30,11 +37,7 @@ def command(artifact: str, as_json: bool) -> None:
         print_line(f"input     {_spell(spec)}")
     for spec in manifest.outputs:
         print_line(f"output    {_spell(spec)}")
-    steps = manifest.preprocessing
-    print_line(
-        f"images    {_resizing(steps)}, {steps.interpolation}, "
-        f"mean {_triple(steps.mean)}, std {_triple(steps.std)} ({steps.source})"
-    )
+    print_line(f"images    {spell_preprocessing(manifest.preprocessing)}")
     numerics = [f"{name.removeprefix('torch.')} {value}" for name, value in manifest.reference.numerics.items()]
     print_line(
         f"reference fp32 eager on the CPU, {len(manifest.reference.seeds)} images, "
@@ -68,14 +71,3 @@ def command(artifact: str, as_json: bool) -> None:
 
 def _spell(spec: TensorSpec) -> str:
     return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
-
-
-def _triple(values: tuple[float, float, float]) -> str:
-    return "/".join(f"{value:g}" for value in values)
-
-
-def _resizing(steps: Preprocessing) -> str:
-    size = f"{steps.size[0]} x {steps.size[1]}"
-    if steps.shortest_edge is None:
-        return f"squashed to {size}"
-    return f"shorter side to {steps.shortest_edge}, centre {size}"

@@ -13,9 +13,10 @@ import numpy as np
 
 from npu_runtime.artifact.schema import Preprocessing, TensorSpec
 from npu_runtime.artifact.store import Array, Artifact
+from npu_runtime.decode import image_suffixes
 from npu_runtime.errors import InputError, UsageError
 from npu_runtime.parity.thumbnails import MOST_THUMBNAILS, Thumbnails, make_thumbnails
-from npu_runtime.preprocess import image_suffixes, read_images
+from npu_runtime.preprocess import read_images
 from npu_runtime.steps import Silent, Steps
 
 DEFAULT_SEEDS = (42, 123, 256, 789, 1024)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from npu_runtime.artifact.schema import Preprocessing
 from npu_runtime.artifact.store import Array
-from npu_runtime.preprocess import denormalise, read_upright
+from npu_runtime.decode import read_upright
+from npu_runtime.preprocess import denormalise
 
 if TYPE_CHECKING:
     from PIL import Image
