@@ -14,6 +14,7 @@ import npu_runtime.artifact.store as store
 from npu_runtime.artifact.schema import MANIFEST_NAME
 from npu_runtime.artifact.store import Artifact, open_artifact, record_file, sha256_file
 from npu_runtime.errors import ArtifactError
+from npu_runtime.steps import Advance
 
 FILES = ("model.b1.onnx", "model.b4.onnx", "model.ts", "reference.safetensors", "weights.onnx.data")
 
@@ -118,7 +119,7 @@ def test_each_file_is_hashed_once_for_each_opened_artifact(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    monkeypatch.setattr(store, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+    monkeypatch.setattr(store, "sha256_file", lambda path, _: hashed.append(path.name) or sha256_file(path))
     artifact = open_artifact(tiny_artifact)
     assert hashed == []
     artifact.checked_path("model.ts")
@@ -134,7 +135,7 @@ def test_a_recorded_file_is_hashed_again_only_when_it_was_written_since_or_is_no
 ) -> None:
     recorded = [record_file(artifact_copy, name) for name in FILES]
     hashed: list[str] = []
-    monkeypatch.setattr(store, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+    monkeypatch.setattr(store, "sha256_file", lambda path, _: hashed.append(path.name) or sha256_file(path))
     open_artifact(artifact_copy, recorded).check_files()
     assert hashed == []
 
@@ -148,8 +149,8 @@ def test_a_recorded_file_is_hashed_again_only_when_it_was_written_since_or_is_no
 def test_a_file_written_while_it_was_recorded_is_hashed_again(
     artifact_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_meanwhile(path: Path) -> str:
-        sha256 = sha256_file(path)
+    def write_meanwhile(path: Path, advance: Advance) -> str:
+        sha256 = sha256_file(path, advance)
         flip_a_byte(path)
         return sha256
 
