@@ -261,12 +261,13 @@ def test_every_command_takes_quiet_and_says_its_result_alone(
         "show": (parity_record,),
         "bench": (tiny_artifact, "--iterations", "2", "--warmup", "1", "--cold", "--backend", "onnx"),
         "embed": (tiny_artifact, photographs / "coffee.jpg", "--output", tmp_path / "f.npy"),
+        "report": (parity_record, "--output", tmp_path / "report.html"),
         "doctor": (),
     }
     for name in COMMANDS:
         loud, quiet = (
             call("npu-runtime", name, *arguments.get(name, (tiny_artifact,)), *more, *force)
-            for more, force in (((), ()), (("--quiet",), ("--force",) if name == "embed" else ()))
+            for more, force in (((), ()), (("--quiet",), ("--force",) if name in ("embed", "report") else ()))
         )
         assert (quiet.code, quiet.err) == (0, ""), name
         assert len(quiet.out.splitlines()) >= len(loud.out.splitlines()) - 1, name

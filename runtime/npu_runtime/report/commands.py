@@ -28,6 +28,8 @@ def export_command(manifest: Manifest, output: str) -> str:
     if opsets:
         parts += ["--opset", str(max(opsets))]
     parts += ["--image-size", str(manifest.preprocessing.size[0])]
+    publisher = manifest.preprocessing.publisher
+    parts += ["--preprocess", publisher] if publisher is not None else []
     parts += ["--probes"] if manifest.probes is not None else []
     return shlex.join([*parts, "--output", output])
 
