@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -83,18 +83,19 @@ def main() -> None:
             for row in measure(encoder, Path(folder), arguments):
                 rows.append(row)
                 print_row(spell(row))
-    means = {peer: math.exp(sum(math.log(row.over[peer].speedup) for row in rows) / len(rows)) for peer in PEERS}
-    print_row(["geometric mean", "", "", *(f"{means[peer]:.2f}" for peer in PEERS), ""])
-    record = {
-        "record": "peers",
-        "environment": environment,
-        "peers": package_versions(("torch", "onnxruntime", "openvino")),
-        "threads": arguments.threads,
-        "rows": to_json(rows),
-        "geometric_means": means,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(arguments.output, (json.dumps(record, indent=2) + "\n").encode())
+        # After each encoder, so that what took long stays where a later one fails.
+        means = {peer: fmean(math.log(row.over[peer].speedup) for row in rows) for peer in PEERS}
+        record = {
+            "record": "peers",
+            "environment": environment,
+            "peers": package_versions(("torch", "onnxruntime", "openvino")),
+            "threads": arguments.threads,
+            "rows": to_json(rows),
+            "geometric_means": {peer: math.exp(mean) for peer, mean in means.items()},
+        }
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_file(arguments.output, (json.dumps(record, indent=2) + "\n").encode())
+    print_row(["geometric mean", "", "", *(f"{math.exp(means[peer]):.2f}" for peer in PEERS), ""])
 
 
 def measure(encoder: str, work: Path, arguments: argparse.Namespace) -> list[Row]:

@@ -30,6 +30,7 @@ STEPS = (
     "hash the files and write the manifest",
     "check parity of torchscript",
     "check parity of onnx",
+    "bring the files to the disk",
 )
 BASE = ("npu-export", "--model", "tiny-vit", "--weights", "random:5")
 
