@@ -23,7 +23,9 @@ def test_a_seeded_checkpoint_has_the_keys_of_its_layout_and_says_its_seed(tmp_pa
     assert float(checkpoint.read("logit_scale")) != 0
 
 
-@pytest.mark.parametrize("name", ["bench_peers.py", "benchmark.py", "export_table.py", "make_checkpoint.py"])
+@pytest.mark.parametrize(
+    "name", ["bench_peers.py", "benchmark.py", "benchmark_embed.py", "export_table.py", "make_checkpoint.py"]
+)
 def test_a_script_says_what_it_does(name: str) -> None:
     run = subprocess.run([sys.executable, SCRIPTS / name, "--help"], check=True, capture_output=True, text=True)
     assert "--output" in run.stdout or "--seed" in run.stdout

@@ -7,6 +7,7 @@ PIL, timm or transformers; each is imported when what needs it is used.
 from npu_runtime.encoder import Encoder, load
 from npu_runtime.errors import (
     ArtifactError,
+    BadImage,
     Error,
     InputError,
     ParityError,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
+    "BadImage",
     "Encoder",
     "Error",
     "InputError",

@@ -16,6 +16,7 @@ photographs, and up to 31 of 255 away from what publishers' pipelines give (scri
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from typing import TYPE_CHECKING
@@ -43,21 +44,23 @@ _SCALED_TO_16_BITS = ("PNG", "PPM")
 """Formats whose grey of more than 8 bits pillow gives in mode I, from 0 to 65535, in some versions."""
 
 
-def read_upright(path: str | os.PathLike[str]) -> Image.Image:
+def read_upright(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:
     """An image file as RGB of 8 bits, upright by its EXIF orientation, whatever its name ends in.
 
-    Raises InputError with the path of a file that is missing, no image, damaged, or too large to be decoded: more
-    pixels than pillow allows (twice `PIL.Image.MAX_IMAGE_PIXELS`; between that and once, pillow warns).
+    `data` is what the file holds where it was read already, as from a tar. Raises InputError with the path of a file
+    that is missing, no image, damaged, or too large to be decoded: more pixels than pillow allows (twice
+    `PIL.Image.MAX_IMAGE_PIXELS`; between that and once, pillow warns).
     """
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise UnavailableError("reading images needs pillow", hint="pip install pillow") from error
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             return to_upright_rgb(image)
     except UnidentifiedImageError:
-        nothing = None if os.path.getsize(path) else "0 bytes"
+        nbytes = os.path.getsize(path) if data is None else len(data)
+        nothing = None if nbytes else "0 bytes"
         raise InputError("this file is no image that pillow reads", where=path, got=nothing) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(

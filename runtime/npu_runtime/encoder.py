@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
+from weakref import WeakSet
 
 import numpy as np
 
+from npu_runtime.batch_plan import plan_batches
 from npu_runtime.errors import InputError, ProgramError, UsageError
 from npu_runtime.steps import Advance, unwatched
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from npu_runtime.backends.base import Array, GraphChoice, Session, SessionReport, StageTimes
     from npu_runtime.devices import Device
     from npu_runtime.devices.numerics import Numerics
+    from npu_runtime.stream import OnBad, Source, Stream
 
 
 class RunOptions(TypedDict, total=False):
@@ -111,6 +113,7 @@ class Encoder:
         self.device = device
         self.batches = tuple(batches)
         self._session: Session | None = session
+        self._streams: WeakSet[Stream] = WeakSet()
         self._input = self.manifest.inputs[0]
         self._shape = self._input.of_batch(0)[1:]
         self._outputs = {output.name: output for output in self.manifest.outputs}
@@ -154,24 +157,60 @@ class Encoder:
                 raise _nonfinite(name, array, pixel_values)
         return results
 
-    def embed(self, images: Iterable[str | os.PathLike[str]], *, advance: Advance = unwatched) -> Array:
-        """Embeddings [N, D] of image files, preprocessed as the manifest records.
+    def embed(self, images: Iterable[Source], *, workers: int | None = None, advance: Advance = unwatched) -> Array:
+        """The first output of the manifest, embeddings [N, D], of images of any kind that `stream` takes, in order.
 
-        Reads as many images at a time as the largest frozen batch, and tells `advance` of them. Raises InputError
-        naming an image that cannot be read.
+        `advance` is told of them a batch at a time. Raises InputError naming an image that cannot be read.
         """
-        from npu_runtime.preprocess import read_images
-
-        if isinstance(images, (str, bytes, os.PathLike)):
-            raise InputError("images is one path", expected="a list of paths", got=repr(images), hint="write [path]")
-        paths = list(images)
-        step = max(self.batches)
         parts = []
-        for start in range(0, len(paths), step):
-            chunk = paths[start : start + step]
-            parts.append(self(read_images(chunk, self.manifest.preprocessing)))
-            advance(len(chunk))
+        with self.stream(images, workers=workers) as stream:
+            for rows in stream.batches():
+                parts.append(np.stack(cast("list[Array]", rows)))
+                advance(len(rows))
         return np.concatenate(parts) if parts else self(np.empty((0, *self._shape), np.float32))
+
+    def stream(
+        self,
+        images: Iterable[Source],
+        *,
+        output: str | None = None,
+        workers: int | None = None,
+        on_bad: OnBad = "raise",
+    ) -> Stream:
+        """Rows of an output, the manifest's first unless it is named, one for each image, in their order.
+
+        An image is a path, the bytes of an image file, a pillow image, a picture as uint8 [H, W, 3] (of torch
+        [3, H, W]), or `pixel_values` float32 [3, H, W]; arrays may be numpy's or torch's. A batch of either, with
+        one dimension more, counts as its images. An InputError stands for an image that could not be had.
+
+        `images` is read in the thread that asks for rows, ahead of them by no more than `most_in_flight`, whatever
+        the caller does; what needs a row before it can give the next image must call the encoder instead.
+        `workers` threads decode, as many as the process has cores unless told; a further one runs the largest frozen
+        batch as often as it is filled, and the rest with the least padding.
+
+        With `on_bad` "raise" an image that cannot be read raises its InputError where its row would be, and ends
+        the stream; with "give" a BadImage with its name and error is given there. The stream is a context manager;
+        closing it, or the encoder, ends its threads.
+        """
+        from npu_runtime.devices.cores import cpu_count
+        from npu_runtime.stream import Stream, prepare
+
+        if isinstance(images, (str, bytes, os.PathLike)) or not isinstance(images, Iterable):
+            what = "images is one path" if isinstance(images, (str, os.PathLike)) else "images is one image"
+            raise InputError(what, expected="a list or another iterable", got=repr(images)[:100], hint="write [image]")
+        name = self.manifest.outputs[0].name if output is None else output
+        self._check(np.empty((0, *self._shape), np.float32), (name,))
+        self._opened()
+        stream = Stream(
+            images,
+            lambda image, called: prepare(image, called, self.manifest.preprocessing),
+            lambda pixel_values: self.run(pixel_values, (name,))[name],
+            batch=max(self.batches),
+            workers=cpu_count() if workers is None else workers,
+            on_bad=on_bad,
+        )
+        self._streams.add(stream)
+        return stream
 
     def time_stages(self, pixel_values: Array) -> StageTimes | None:
         """Transfer in, compute and transfer out of a call for the first output, on the device's own clock.
@@ -194,7 +233,9 @@ class Encoder:
         return self._opened().report()
 
     def close(self) -> None:
-        """Release the session's memory; the encoder cannot run afterwards."""
+        """End its streams and release the session's memory; the encoder cannot run afterwards."""
+        for stream in list(self._streams):
+            stream.close()
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -243,37 +284,6 @@ class Encoder:
                 f"the encoder has no output {', '.join(unknown)}" if unknown else "no output was asked for",
                 expected=", ".join(self._outputs),
             )
-
-
-@lru_cache(maxsize=1024)
-def plan_batches(count: int, batches: tuple[int, ...]) -> tuple[int, ...]:
-    """Batch sizes to run, largest first, whose sum is at least `count` with the least padding.
-
-    Of the plans with the least padding the one with the fewest runs is taken. Only the last run is
-    padded: padding as large as the smallest run would make that run unnecessary.
-    """
-    largest = max(batches)
-    # A best plan exists with fewer than `largest` runs of smaller sizes: of any `largest` of them,
-    # some add up to a multiple of `largest` and can be replaced by fewer runs. So all images beyond
-    # largest * largest go through the largest size, and the search below stays small.
-    bulk = max(0, (count - largest * largest) // largest)
-    rest = count - bulk * largest
-    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # images -> padding, runs, size of the last run
-    for images in range(1, rest + 1):
-        best.append(
-            min((size - images, 1, -size) if size >= images else _extend(best[images - size], size) for size in batches)
-        )
-    plan = [largest] * bulk
-    while rest > 0:
-        size = -best[rest][2]
-        plan.append(size)
-        rest -= size
-    return tuple(sorted(plan, reverse=True))
-
-
-def _extend(best: tuple[int, int, int], size: int) -> tuple[int, int, int]:
-    padding, runs, _ = best
-    return padding, runs + 1, -size
 
 
 def _nonfinite(name: str, array: Array, pixel_values: Array) -> ProgramError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
@@ -63,6 +64,17 @@ class UsageError(Error):
 
 class InputError(Error, ValueError):
     """An array or an image that the encoder cannot take."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadImage:
+    """An image that could not be read, in the place of its row."""
+
+    index: int
+    """Which image it is, from 0."""
+    name: str
+    """Its path, or `image N`."""
+    error: InputError
 
 
 class ArtifactError(Error):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_runtime.encoder import plan_batches
+from npu_runtime.batch_plan import plan_batches
 
 BATCHES = st.sets(st.integers(1, 9), min_size=1, max_size=4).map(lambda sizes: tuple(sorted(sizes)))
 
