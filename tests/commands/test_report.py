@@ -145,7 +145,8 @@ def test_tables_name_their_columns_rows_and_commands(page: Page) -> None:
 def test_the_commands_are_those_that_were_run(page: Page, measured: Path, photographs: Path) -> None:
     first, second, third = (code.text for item in page.all("ol") for li in item.all("li") for code in li.all("code"))
     assert first.startswith("npu-export --model tiny-vit --weights random:3 --precision fp32")
-    assert first.endswith(f"--batch 1,4 --opset 18 --image-size 32 --preprocess hf --probes --output {measured / 'tiny-vit'}")
+    assert first.endswith(f"--image-size 32 --preprocess hf --probes --output {measured / 'tiny-vit'}")
+    assert "--batch 1,4 --opset 18" in first
     assert f"parity {measured / 'tiny-vit'} --backend torchscript --backend onnxruntime --batch 1" in second
     assert f"--images {photographs / 'chelsea.jpg'} --images {photographs / 'coffee.jpg'} --profile reports" in second
     assert "--batch 1,4 --iterations 7 --warmup 1 --cold --threads" in third
