@@ -98,11 +98,11 @@ def test_a_terminal_shows_a_bar_with_the_rate_and_the_time_left_and_then_one_lin
     assert len({line[0] for line in bars}) > 1, "the spinner turns"
 
 
-def test_rounds_of_a_benchmark_are_a_bar_on_a_terminal(tiny_artifact: Path) -> None:
+def test_calls_of_a_benchmark_are_a_bar_on_a_terminal(tiny_artifact: Path) -> None:
     command = ["npu-runtime", "bench", str(tiny_artifact), "--backend", "onnx", "--batch", "1", "--iterations", "60"]
     lines = shown(on_terminal([sys.executable, tiny.__file__, *command]))
-    assert any(re.search(r"measure ━+╸?╺?━* \d+ of 65 rounds, [\d.,]+ rounds/s, \d s left$", line) for line in lines)
-    assert re.fullmatch(r"✓ measure +\d+\.\d s   65 rounds, [\d.]+ rounds/s", lines[-1])
+    assert any(re.search(r"measure ━+╸?╺?━* \d+ of 65 images, [\d.,]+ images/s, \d s left$", line) for line in lines)
+    assert re.fullmatch(r"✓ measure +\d+\.\d s   65 images, [\d.]+ images/s", lines[-1])
 
 
 @pytest.mark.parametrize("width", [16, 30, 80, 200])

@@ -72,27 +72,27 @@ def test_warm_up_rounds_are_run_and_not_kept() -> None:
     assert len(calls) == 2 * 2 * 7
 
 
-def test_progress_is_called_after_each_round_of_each_batch_size() -> None:
-    rounds: list[None] = []
-    measure("ab", [1, 2], iterations=3, warmup=2, progress=lambda: rounds.append(None))
-    assert len(rounds) == 2 * (3 + 2)
+def test_progress_counts_the_images_of_every_call() -> None:
+    images: list[int] = []
+    measure("ab", [1, 4], iterations=3, warmup=2, advance=images.append)
+    assert images == [1] * 2 * (3 + 2) + [4] * 2 * (3 + 2)
 
 
 def test_a_batch_size_ends_where_its_own_rounds_are_enough() -> None:
     seen: list[list[int]] = []
-    rounds: list[None] = []
+    images: list[int] = []
 
     def enough(samples: Mapping[str, Sequence[float]]) -> bool:
         seen.append([len(values) for values in samples.values()])
         return len(samples["a"]) == 3
 
-    samples, calls = measure("ab", [1, 2], iterations=10, warmup=2, enough=enough, progress=lambda: rounds.append(None))
+    samples, calls = measure("ab", [1, 2], iterations=10, warmup=2, enough=enough, advance=images.append)
     assert {key: len(values) for key, values in samples.items()} == {
         (name, batch): 3 for name in "ab" for batch in (1, 2)
     }
     assert seen == [[1, 1], [2, 2], [3, 3]] * 2
     assert len(calls) == 2 * 2 * 5
-    assert len(rounds) == 2 * (10 + 2)
+    assert sum(images) == (1 + 2) * 2 * (10 + 2)
 
 
 def test_an_interruption_leaves_whole_rounds() -> None:

@@ -194,6 +194,9 @@ def test_commands_are_quoted_and_are_taken_by_the_command_line(bench: BenchRecor
         artifact=dataclasses.replace(parity.artifact, path="/a b/vit"),
         inputs=(*parity.inputs, InputRecord(odd, "image", ""), InputRecord("x.npy[0]", "array", "")),
         profile="reports",
+        threads=3,
+        graph=False,
+        weights="/c d",
     )
     words = shlex.split(parity_command(record))
     assert words[:3] == ["npu-runtime", "parity", "/a b/vit"]
@@ -202,6 +205,8 @@ def test_commands_are_quoted_and_are_taken_by_the_command_line(bench: BenchRecor
     assert words[words.index("--arrays") + 1] == "x.npy"
     with parity_command_line.command.make_context("parity", words[2:]) as context:
         assert context.params["images"] == (odd,)
+        how = [context.params[name] for name in ("threads", "graph", "weights")]
+    assert how == [3, False, "/c d"]
     slow = dataclasses.replace(
         bench, device="npu:0", graph=False, adaptive=True, numerics="fast", allow_fallback=True, artifact="-x y"
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from npu_runtime.backends.base import Array, StageTimes
 from npu_runtime.encoder import Encoder
+from npu_runtime.steps import Advance, unwatched
 
 INPUTS = 4
 """Different inputs that a benchmark rotates through."""
@@ -24,7 +25,7 @@ def measure_latency(
     warmup: int,
     seed: int = 0,
     settle_s: float = 0.01,
-    progress: Callable[[], None] = lambda: None,
+    advance: Advance = unwatched,
     enough: Callable[[Mapping[str, Sequence[float]]], bool] = lambda _: False,
     samples: MutableMapping[tuple[str, int], list[float]] | None = None,
 ) -> MutableMapping[tuple[str, int], list[float]]:
@@ -34,8 +35,8 @@ def measure_latency(
     are standard normal and rotate; the order of the encoders is drawn anew each round, so that none
     always follows the same other. `settle_s` seconds pass before each call, since threads of the one
     before spin for work a while. The warm-up rounds are not kept. `enough` is asked after each round that
-    is kept, with the batch size's samples so far by name, and ends it where it says so. `progress` is called
-    once for each round of a batch size, those that were not needed included. `samples`, where it is given, is
+    is kept, with the batch size's samples so far by name, and ends it where it says so. `advance`
+    is told how many images each call took, and of those that were not needed. `samples`, where it is given, is
     filled and returned: it holds whole rounds also when this is interrupted.
     """
     generator = np.random.default_rng(seed)
@@ -54,10 +55,9 @@ def measure_latency(
                     elapsed = time.perf_counter_ns() - start
                     if index >= warmup:
                         so_far[name].append(elapsed / 1e6)
-                progress()
+                    advance(batch)
                 if index >= warmup and enough(so_far):
-                    for _ in range(index + 1, warmup + iterations):
-                        progress()
+                    advance(batch * len(names) * (warmup + iterations - index - 1))
                     break
         finally:
             whole = min(map(len, so_far.values()))

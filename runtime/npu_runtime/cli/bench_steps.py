@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from npu_runtime.artifact.store import Artifact
@@ -16,6 +16,7 @@ from npu_runtime.bench.throughput import SLICES, Load, measure_throughput
 from npu_runtime.cli.console import StepProgress
 from npu_runtime.encoder import Encoder, RunOptions, load
 from npu_runtime.errors import Error, UnavailableError, UsageError
+from npu_runtime.steps import Advance
 
 
 @dataclass(slots=True)
@@ -37,13 +38,14 @@ def measure_calls(
     warmup: int,
     adaptive: bool,
 ) -> None:
-    with _bar("measure", "rounds", len(batches) * (warmup + iterations)) as advance:
+    images = sum(batches) * len(encoders) * (warmup + iterations)  # which take about as long at any batch size
+    with _bar("measure", "images", images) as advance:
         measure_latency(
             encoders,
             batches,
             iterations=iterations,
             warmup=warmup,
-            progress=advance,
+            advance=advance,
             enough=_all_narrow if adaptive else _never,
             samples=kept.samples,
         )
@@ -56,7 +58,7 @@ def measure_load(
     kept: Kept, encoders: Mapping[str, Encoder], batches: Sequence[int], callers: Sequence[int], seconds: float
 ) -> None:
     with _bar("measure under load", "slices", len(batches) * len(callers) * len(encoders) * SLICES) as advance:
-        measure_throughput(encoders, batches, callers, kept.loads, seconds=seconds, progress=advance)
+        measure_throughput(encoders, batches, callers, kept.loads, seconds=seconds, progress=lambda: advance(1))
 
 
 def _all_narrow(samples: Mapping[str, Sequence[float]]) -> bool:
@@ -128,8 +130,7 @@ def time_cold_starts(
 
 
 @contextlib.contextmanager
-def _bar(name: str, unit: str, total: int) -> Iterator[Callable[[], None]]:
+def _bar(name: str, unit: str, total: int) -> Iterator[Advance]:
     steps = StepProgress()
     with steps.step(name):
-        advance = steps.count(total, unit)
-        yield lambda: advance(1)
+        yield steps.count(total, unit)

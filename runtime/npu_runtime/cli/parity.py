@@ -154,6 +154,9 @@ def command(
         localised=localised,
         partial=interrupted,
         seconds=time.monotonic() - start,
+        threads=how["threads"],
+        graph=how["graph"],
+        weights=weights,
     )
     error = _ending(made, asked=bool(seeds or images or arrays), skip_bad=skip_bad)
     text = encode_record(made, error)

@@ -59,6 +59,8 @@ def command(artifact: str, backend: str | None, as_json: bool, **how: Unpack[Run
         steps,
         inputs=Inputs(reference_inputs(opened)).records,
         seconds=time.monotonic() - start,
+        threads=how["threads"],
+        graph=how["graph"],
     )
     failed = [step for step in steps if step.status == "failed"]
     error = None

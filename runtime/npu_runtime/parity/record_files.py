@@ -2,7 +2,7 @@
 
 Versions of the schema:
     1.0  first.
-    1.1  accelerator, inputs[].thumbnails, steps[].outputs[].token_errors.
+    1.1  accelerator, threads, graph, weights, inputs[].thumbnails, steps[].outputs[].token_errors.
 """
 
 from __future__ import annotations

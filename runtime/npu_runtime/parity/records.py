@@ -8,7 +8,7 @@ from typing import Literal
 
 from npu_runtime.artifact.schema import Precision, Tolerance, Weights
 from npu_runtime.artifact.store import Artifact
-from npu_runtime.backends.base import SessionReport
+from npu_runtime.backends.base import GraphChoice, SessionReport
 from npu_runtime.devices import parse_device
 from npu_runtime.environment import AcceleratorRecord, describe_accelerator, describe_environment
 from npu_runtime.parity.inputs import InputRecord, SkippedInput
@@ -184,6 +184,12 @@ class ParityRecord:
     seconds: float
     accelerator: AcceleratorRecord | None = None
     """Behind the device; None on the CPU, where nothing ran on the device, and in records before 1.1."""
+    threads: int | None = None
+    """Asked for; None where each backend chose, and in records before 1.1."""
+    graph: GraphChoice = "auto"
+    """Asked for; `auto` in records before 1.1."""
+    weights: str | None = None
+    """Where the checkpoint was said to lie; None where it was taken from where the export recorded it."""
 
 
 def not_run(backend: str, device: str, precision: Precision, reason: str, cause: Cause = "export") -> Step:
@@ -204,6 +210,9 @@ def make_record(
     profile: str | None = None,
     localised: Sequence[Localisation] = (),
     partial: bool = False,
+    threads: int | None = None,
+    graph: GraphChoice = "auto",
+    weights: str | None = None,
 ) -> ParityRecord:
     """The record of steps that were made here and now."""
     manifest, device = artifact.manifest, str(parse_device(device))
@@ -212,7 +221,6 @@ def make_record(
     if any(step.device == device and step.conditions is not None for step in steps):
         accelerator = describe_accelerator(parse_device(device))
     ran = any(step.status == "passed" and step.device == device and step.cause != "checkpoint" for step in steps)
-    weights = manifest.provenance.weights
     return ParityRecord(
         command,
         ArtifactRecord(
@@ -220,7 +228,7 @@ def make_record(
             artifact.digest,
             manifest.encoder,
             manifest.precision,
-            weights,
+            manifest.provenance.weights,
             manifest.weights_summary(),
         ),
         describe_environment(),
@@ -238,6 +246,9 @@ def make_record(
         failed is None and ran and not partial,
         seconds,
         accelerator,
+        threads,
+        graph,
+        weights,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from npu_runtime.artifact.schema import Manifest
+from npu_runtime.backends.base import GraphChoice
 from npu_runtime.backends.table import EAGER
 from npu_runtime.bench.records import BenchRecord
 from npu_runtime.parity.inputs import DEFAULT_SEEDS
@@ -38,7 +39,7 @@ def parity_command(record: ParityRecord) -> str:
     """The run of verify or parity."""
     parts = ["npu-runtime", record.command, record.artifact.path]
     if record.command == "verify":
-        return shlex.join([*parts, *_device(record.device), *_numerics(record), "--json"])
+        return shlex.join([*parts, *_conditions(record), "--json"])
     backends = dict.fromkeys(step.backend for step in record.steps if step.backend != EAGER)
     for backend in backends:
         parts += ["--backend", backend]
@@ -58,7 +59,8 @@ def parity_command(record: ParityRecord) -> str:
         parts += ["--tolerance", tolerance]
     parts += ["--profile", record.profile] if record.profile is not None else []
     parts += ["--localise"] if record.localised else []
-    return shlex.join([*parts, *_device(record.device), *_numerics(record), "--record", "parity.json"])
+    parts += ["--weights", record.weights] if record.weights is not None else []
+    return shlex.join([*parts, *_conditions(record), "--record", "parity.json"])
 
 
 def bench_command(record: BenchRecord) -> str:
@@ -76,8 +78,7 @@ def bench_command(record: BenchRecord) -> str:
     parts += ["--cold"] if record.cold or record.cold_not_run else []
     parts += ["--threads", str(record.threads), *_device(record.device)]
     parts += ["--numerics", record.numerics] if record.numerics != "strict" else []
-    if record.graph != "auto":
-        parts += ["--graph", "on" if record.graph else "off"]
+    parts += _graph(record.graph)
     parts += ["--allow-fallback"] if record.allow_fallback else []
     return shlex.join([*parts, "--record", "bench.json"])
 
@@ -90,12 +91,19 @@ def _device(device: str) -> Sequence[str]:
     return () if device == "cpu" else ("--device", device)
 
 
-def _numerics(record: ParityRecord) -> Sequence[str]:
-    """What the steps on the device ran under, where that is not the default."""
+def _graph(graph: GraphChoice) -> Sequence[str]:
+    return () if graph == "auto" else ("--graph", "on" if graph else "off")
+
+
+def _conditions(record: ParityRecord) -> Sequence[str]:
+    """Where and how the steps ran, where that is not the default."""
     conditions = [step.conditions for step in record.steps if step.conditions is not None]
     chosen = {str(c.numerics.get("numerics")) for c in conditions} - {"strict", "None"}
     allowed = any(c.fallback for c in conditions)
     return (
+        *_device(record.device),
+        *(("--threads", str(record.threads)) if record.threads is not None else ()),
+        *_graph(record.graph),
         *(("--numerics", chosen.pop()) if chosen else ()),
         *(("--allow-fallback",) if allowed else ()),
     )
