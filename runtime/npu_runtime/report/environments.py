@@ -69,8 +69,8 @@ def _describe(context: Context, given: Labelled) -> Iterator[tuple[str, object]]
     for name in HOST:
         value = record.environment.get(name)
         yield name, f"{value:.2f}" if isinstance(value, float) else value
+    yield "threads", record.threads
     if isinstance(record, BenchRecord):
-        yield "threads", record.threads
         conditions = dict(record.conditions)
     else:
         conditions = {step.title: step.conditions for step in record.steps if step.conditions is not None}
