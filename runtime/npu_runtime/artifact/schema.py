@@ -23,7 +23,7 @@ SCHEMA_MINOR = 4
 MANIFEST_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
-"""Type of weights and compute inside of the programs; inputs and outputs are of other types, whatever it is."""
+"""Type of weights and compute inside of the programs; what goes in and comes out is the same whatever it is."""
 
 InputDtype = Literal["float32", "uint8"]
 """float32: images [B, 3, H, W], normalised. uint8: their pixels [B, H, W, 3], which the programs normalise."""
