@@ -130,9 +130,9 @@ class Encoder:
     def run(
         self, pixel_values: Images, outputs: Sequence[str] | None = None, *, allow_nonfinite: bool = False
     ) -> dict[str, Array]:
-        """Outputs by name, float32 [N, ...], of `pixel_values` for any N.
+        """Outputs by name, float32 [N, ...], of `pixel_values` as the manifest's input has them, for any N.
 
-        They are what the manifest's input says: float32 [N, 3, H, W], normalised, or uint8 [N, H, W, 3], cut to size.
+        That is float32 [N, 3, H, W], normalised, or uint8 [N, H, W, 3], cut to size.
         Only the outputs asked for are copied; None asks for all. The arrays belong to the caller.
         Raises InputError for another dtype, rank or size, and ProgramError when an output holds NaN
         or infinity, unless `allow_nonfinite` says that the caller counts them.
@@ -168,7 +168,7 @@ class Encoder:
             for rows in stream.batches():
                 parts.append(np.stack(cast("list[Array]", rows)))
                 advance(len(rows))
-        return np.concatenate(parts) if parts else self(self._no_images())
+        return np.concatenate(parts) if parts else self(np.empty((0, *self._shape), self._input.dtype))
 
     def stream(
         self,
@@ -181,9 +181,8 @@ class Encoder:
         """Rows of an output, the manifest's first unless it is named, one for each image, in their order.
 
         An image is a path, the bytes of an image file, a pillow image, a picture as uint8 [H, W, 3] (of torch
-        [3, H, W]), or, unless the programs normalise, `pixel_values` float32 [3, H, W]; arrays may be numpy's or
-        torch's. A batch of either, with one dimension more, counts as its images. An InputError stands for an image
-        that could not be had.
+        [3, H, W]), or `pixel_values` float32 [3, H, W], which programs that normalise refuse. Arrays may be numpy's or
+        torch's; a batch of either counts as its images. An InputError stands for an image that could not be had.
 
         `images` is read in the thread that asks for rows, ahead of them by no more than `most_in_flight`, whatever
         the caller does; what needs a row before it can give the next image must call the encoder instead.
@@ -201,7 +200,7 @@ class Encoder:
             what = "images is one path" if isinstance(images, (str, os.PathLike)) else "images is one image"
             raise InputError(what, expected="a list or another iterable", got=repr(images)[:100], hint="write [image]")
         name = self.manifest.outputs[0].name if output is None else output
-        self._check(self._no_images(), (name,))
+        self._check(np.empty((0, *self._shape), self._input.dtype), (name,))
         self._opened()
         stream = Stream(
             images,
@@ -253,9 +252,6 @@ class Encoder:
         if session is None:
             raise UsageError("the encoder is closed", hint="load it again")
         return session
-
-    def _no_images(self) -> Images:
-        return np.empty((0, *self._shape), self._input.dtype)
 
     def _run_batch(self, session: Session, pixel_values: Images, size: int, names: Sequence[str]) -> list[Array]:
         """One program run; rows beyond the images are zero and their outputs mean nothing."""
