@@ -134,13 +134,13 @@ def on_network(mutation: Mutation) -> Mutation:
 @contextmanager
 def changed_after_the_reference(change: Mutation, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Exports whose module changes between the reference and the freezing, which the real gate must notice."""
-    write = pipeline._write_reference
+    write = pipeline.write_reference
 
-    def write_and_change(encoder: Any, module: nn.Module, path: Path, steps: Steps) -> None:
-        write(encoder, module, path, steps)
+    def write_and_change(plan: Any, module: nn.Module, path: Path, steps: Steps) -> None:
+        write(plan, module, path, steps)
         with torch.no_grad():
             change(module)
 
     with patch.context() as context:
-        context.setattr(pipeline, "_write_reference", write_and_change)
+        context.setattr(pipeline, "write_reference", write_and_change)
         yield

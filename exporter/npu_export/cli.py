@@ -9,7 +9,16 @@ import click
 from click.core import ParameterSource
 
 from npu_export.encoders import ENCODERS
-from npu_export.plan import DEFAULT_OPSET, FORMATS, PRECISIONS, PUBLISHERS, ExportPlan, make_request, plan_export
+from npu_export.plan import (
+    DEFAULT_OPSET,
+    FORMATS,
+    INPUTS,
+    PRECISIONS,
+    PUBLISHERS,
+    ExportPlan,
+    make_request,
+    plan_export,
+)
 from npu_export.recognise import describe_coverage
 from npu_runtime import __version__
 from npu_runtime.cli.console import (
@@ -56,6 +65,14 @@ if TYPE_CHECKING:
     help="Height and width in pixels; positions are resampled as the publisher does.  [default: as published]",
 )
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
+@click.option(
+    "--input",
+    type=click.Choice(INPUTS),
+    default=INPUTS[0],
+    show_default=True,
+    help="What the programs take: float32 [B, 3, H, W], normalised before, or uint8 [B, H, W, 3], pixels that they "
+    "normalise themselves: a quarter of the bytes to transfer.",
+)
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ai.onnx opset; ATC reads up to 18.")
 @click.option(
     "--preprocess",
@@ -72,7 +89,7 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The artifact folder itself.  [default: ./NAME-PRECISION]",
+    help="The artifact folder itself.  [default: ./NAME-PRECISION, or ./NAME-PRECISION-uint8]",
 )
 @click.option("--dry-run", is_flag=True, help="Plan from names and shapes, print it, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace the artifact that --output names.")
@@ -89,6 +106,7 @@ def command(
     prefix: str | None,
     image_size: int | None,
     precision: str,
+    input: str,
     opset: int,
     preprocess: str | None,
     probes: bool,
@@ -128,6 +146,7 @@ def command(
         prefix=prefix,
         image_size=image_size,
         precision=precision,
+        input=input,
         opset=opset,
         preprocess=preprocess,
         probes=probes,
@@ -196,7 +215,7 @@ def describe_plan(plan: ExportPlan) -> Mapping[str, Any]:
         "formats": request.formats,
         "batches": request.batches,
         "opset": request.opset if "onnx" in request.formats else None,
-        "inputs": to_json(request.encoder.inputs),
+        "inputs": to_json(request.inputs),
         "outputs": to_json(request.encoder.outputs),
         "probes": plan.boundaries() if request.probes else [],
         "output": str(request.output),
@@ -217,7 +236,7 @@ def _print_plan(plan: ExportPlan, as_json: bool) -> None:
     described = describe_plan(plan)
     if as_json:
         return print_json(described)
-    encoder, coverage = plan.request.encoder, plan.weights.coverage()
+    request, encoder, coverage = plan.request, plan.request.encoder, plan.weights.coverage()
     print_line(f"{encoder.name} from {described['weights']}, to {described['precision']}")
     print_line(f"  layout    {described['layout']}: {described['why']}")
     print_line(f"  stored    {', '.join(described['stored_dtypes'])}, {coverage.parameters:,} parameters")
@@ -228,17 +247,15 @@ def _print_plan(plan: ExportPlan, as_json: bool) -> None:
     for line in describe_coverage(plan.weights.keymap):
         print_line(f"            {line}")
     opset = f", opset {described['opset']}" if described["opset"] else ""
-    print_line(
-        f"  programs  {', '.join(plan.request.formats)}{opset}, batch {', '.join(map(str, plan.request.batches))}"
-    )
-    for spec in (*encoder.inputs, *encoder.outputs):
+    print_line(f"  programs  {', '.join(request.formats)}{opset}, batch {', '.join(map(str, request.batches))}")
+    for spec in (*request.inputs, *encoder.outputs):
         print_line(f"            {spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]")
     print_line(f"  images    {spell_preprocessing(plan.preprocessing)}")
     if described["probes"]:
         print_line(f"  probes    {len(described['probes'])} boundaries: {', '.join(described['probes'])}")
     for name, nbytes in plan.sizes().items():
         print_line(f"  file      {name}  {spell_nbytes(nbytes)}")
-    print_line(f"  output    {plan.request.output}  (dry run: nothing was written)")
+    print_line(f"  output    {request.output}  (dry run: nothing was written)")
 
 
 def _print_result(folder: Path, as_json: bool) -> None:

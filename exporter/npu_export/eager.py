@@ -10,7 +10,7 @@ from npu_export.errors import CheckpointError
 from npu_export.network import load_network, plan_weights, state_sha256
 from npu_export.precision import in_precision
 from npu_export.weights import find_weights
-from npu_runtime.artifact.store import Artifact
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, Options, missing_package
 from npu_runtime.backends.torch_session import Call, TorchSession, open_torch_session
 from npu_runtime.devices import Device
@@ -47,6 +47,8 @@ class EagerBackend:
 
 def _rebuild(artifact: Artifact, weights: str | None) -> nn.Module:
     """The network that the artifact was frozen from, its state as recorded."""
+    from npu_export.normalisation import with_input
+
     manifest = artifact.manifest
     recorded = manifest.provenance.weights
     encoder = find_encoder(manifest.encoder)
@@ -77,10 +79,11 @@ def _rebuild(artifact: Artifact, weights: str | None) -> nn.Module:
             got=digest,
             hint="pass the original checkpoint with --weights, or export again",
         )
-    return in_precision(encoder.with_outputs(network), manifest.precision)
+    module = in_precision(encoder.with_outputs(network), manifest.precision)
+    return with_input(module, manifest.inputs[0].dtype, manifest.preprocessing)
 
 
-def run_eager(module: nn.Module, pixel_values: Array) -> list[Array]:
+def run_eager(module: nn.Module, pixel_values: Images) -> list[Array]:
     """All outputs of a module on the CPU, in its order."""
     import torch
 

@@ -59,7 +59,7 @@ def export_graph(
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
-            (torch.zeros(pixel_values.of_batch(batch)),),
+            (torch.zeros(pixel_values.of_batch(batch), dtype=getattr(torch, pixel_values.dtype)),),
             dynamo=True,
             opset_version=opset,
             input_names=[pixel_values.name],

@@ -12,16 +12,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from npu_export.boundaries import BoundaryRecorder, record_boundaries
 from npu_export.encoders.spec import EncoderSpec, on_every_device
-from npu_export.errors import CheckpointError
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.precision import in_precision
 from npu_export.probes import Statistics, add_probes, collect_statistics
 from npu_export.provenance import describe_provenance
+from npu_export.reference import write_reference
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import (
     MANIFEST_NAME,
@@ -36,7 +34,6 @@ from npu_runtime.artifact.store import Artifact, RecordedFile, open_artifact, re
 from npu_runtime.devices import CPU
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import Error, ParityError
-from npu_runtime.parity.inputs import seeded_images
 from npu_runtime.parity.records import Step
 from npu_runtime.parity.verify import measure_parity
 from npu_runtime.steps import BYTES, Silent, Steps
@@ -61,6 +58,7 @@ def export(
     prefix: str | None = None,
     image_size: int | None = None,
     precision: str = "fp32",
+    input: str = "float32",
     opset: int = DEFAULT_OPSET,
     preprocess: str | None = None,
     probes: bool = False,
@@ -73,12 +71,14 @@ def export(
     `model` is a name, hub id or alias; `weights` a path, `hf:ID[@REVISION]`, `ms:ID[@REVISION]` or
     `random:SEED`, the hub's own without it. `layout` and `prefix` insist on how the checkpoint's keys are
     spelled; `image_size`, in pixels, may have its positions resampled. `precision` is that of weights and
-    compute: fp32, fp16 or bf16. `preprocess` says whose preparation of images to record: hf, timm or upstream, the
-    settings beside the weights without it. `probes` records statistics of every block, by which `localise` finds
-    a fault in the artifact later. `output` is the artifact folder itself, `./NAME-PRECISION` without it. Raises
-    UsageError for arguments that do not fit, CheckpointError for weights that cannot be used whole,
-    LintError for a program that would not run on Ascend, ParityError when a frozen program differs from
-    the reference by more than its tolerance, ArtifactError or Error when files cannot be written.
+    compute: fp32, fp16 or bf16. `input` is what the programs take: float32, images that were normalised, or uint8,
+    pixels [B, H, W, 3] that they normalise. `preprocess` says whose preparation of images to record: hf, timm or
+    upstream, the settings beside the weights without it. `probes` records statistics of every block, by which
+    `localise` finds a fault in the artifact later. `output` is the artifact folder itself; without it,
+    `./NAME-PRECISION`, with `-uint8` for that input. Raises UsageError for arguments that do not fit,
+    CheckpointError for weights that cannot be used whole, LintError for a program that would not run on Ascend,
+    ParityError when a frozen program differs from the reference by more than its tolerance, ArtifactError or Error
+    when files cannot be written.
     """
     request = make_request(
         model,
@@ -88,6 +88,7 @@ def export(
         prefix=prefix,
         image_size=image_size,
         precision=precision,
+        input=input,
         opset=opset,
         preprocess=preprocess,
         probes=probes,
@@ -119,6 +120,8 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
     What is already whole is hashed beside the work: the freezing leaves a core free, and sha256 of the
     checkpoint, the state and the programs would take a third of the time of a large export.
     """
+    from npu_export.normalisation import with_input
+
     request = plan.request
     # The reference is float32 as float32, whatever the process that called asked torch for.
     with HeldNumerics(CPU, "strict") as held, ThreadPoolExecutor(1, "hash") as pool:
@@ -128,10 +131,10 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
             module = request.encoder.with_outputs(network)
             steps.detail(f"{plan.weights.parameters:,} parameters")
         with steps.step("record the reference"), _recorder(plan, network) as recorder:
-            _write_reference(request.encoder, module, folder / REFERENCE_FILE, steps)
+            write_reference(plan, module, folder / REFERENCE_FILE, steps)
         if request.precision != "fp32":
             provenance.result()  # the weights are changed next
-        module = in_precision(module, request.precision)
+        module = with_input(in_precision(module, request.precision), request.input, plan.preprocessing)
         statistics = None if recorder is None else collect_statistics(plan, network, module, recorder)
         programs: list[Program] = []
         records: dict[str, Future[RecordedFile]] = {}
@@ -209,30 +212,6 @@ def _check_disk(plan: ExportPlan) -> None:
         )
 
 
-def _write_reference(encoder: EncoderSpec, module: nn.Module, path: Path, steps: Steps) -> None:
-    """Run the eager network one image at a time, which is what batch 1 must give bit for bit."""
-    from safetensors.numpy import save
-
-    from npu_export.eager import run_eager
-
-    inputs = seeded_images(REFERENCE_SEEDS, encoder.inputs[0].of_batch(1)[1:])
-    advance = steps.count(len(inputs), "images")
-    rows = []
-    for image in inputs:
-        rows.append(run_eager(module, image[None]))
-        advance(1)
-    outputs = {spec.name: np.concatenate(arrays) for spec, arrays in zip(encoder.outputs, zip(*rows))}
-    for name, array in outputs.items():
-        if not np.isfinite(array).all():
-            raise CheckpointError(
-                f"the eager network's own output {name} holds NaN or infinity",
-                where=encoder.name,
-                expected="finite values",
-                hint="the checkpoint is damaged or not this encoder's",
-            )
-    path.write_bytes(save({encoder.inputs[0].name: inputs, **outputs}))
-
-
 def _recorder(plan: ExportPlan, network: nn.Module) -> AbstractContextManager[BoundaryRecorder | None]:
     """Records what the network gives at its boundaries where probes are asked for."""
     return record_boundaries(network) if plan.request.probes else contextlib.nullcontext()
@@ -244,7 +223,7 @@ def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps
 
     batches = plan.request.batches
     with steps.step(f"freeze torchscript, batch {', '.join(map(str, batches))}"):
-        program = trace_frozen(module, plan.request.encoder.inputs[0], batches)
+        program = trace_frozen(module, plan.request.inputs[0], batches)
         lint_torchscript(program, [entry_point(b) for b in batches], plan.request.precision)
         write_torchscript(program, folder / TORCHSCRIPT_FILE, plan.sizes()[TORCHSCRIPT_FILE])
         empty_constants(program, [entry_point(b) for b in batches])
@@ -265,9 +244,7 @@ def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps
         for batch in request.batches:
             name = onnx.graph_file(batch)
             with steps.step(f"freeze onnx, batch {batch}"):
-                model = onnx.export_graph(
-                    module, request.encoder.inputs[0], request.encoder.outputs, batch, request.opset
-                )
+                model = onnx.export_graph(module, request.inputs[0], request.encoder.outputs, batch, request.opset)
                 lint_onnx(model, name, request.precision)
                 onnx.write_graph(model, weights, folder / name)
                 steps.detail(f"opset {request.opset}, fixed shapes, {request.precision}, no float64")
@@ -289,7 +266,7 @@ def _describe(
     return Manifest(
         encoder=encoder.name,
         precision=plan.request.precision,
-        inputs=encoder.inputs,
+        inputs=plan.request.inputs,
         outputs=encoder.outputs,
         programs=tuple(programs),
         files=files,

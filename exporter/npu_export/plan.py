@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from npu_export.network import WeightsPlan, plan_weights
 from npu_export.precision import require_kernels
 from npu_export.preprocessor_config import resolve_preprocessing
 from npu_export.weights import find_weights
-from npu_runtime.artifact.schema import Precision, Preprocessing, Publisher
+from npu_runtime.artifact.schema import InputDtype, Precision, Preprocessing, Publisher, TensorSpec, input_spec
 from npu_runtime.artifact.staging import check_output
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import UnavailableError, UsageError
@@ -28,6 +27,7 @@ PRECISIONS: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Precision -> bytes of a weight."""
 PACKAGES = {"torchscript": ("torch",), "onnx": ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime")}
 """Format -> modules that freezing to it, and checking the result, imports."""
+INPUTS: tuple[InputDtype, ...] = ("float32", "uint8")
 PUBLISHERS: tuple[Publisher, ...] = ("hf", "timm", "upstream")
 DEFAULT_OPSET = 18
 LEAST_OPSET = 11
@@ -53,12 +53,18 @@ class Request:
     resample: bool
     """Whether positions for another image size may be resampled: only where a size was asked for."""
     precision: Precision
+    input: InputDtype
     opset: int
     preprocess: Publisher | None
     """Whose preparation of images to record; None for the settings beside the weights, then the encoder's first."""
     probes: bool
     output: Path
     force: bool
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What the programs take."""
+        return (input_spec(self.input, (self.encoder.image_size, self.encoder.image_size)),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +83,8 @@ class ExportPlan:
             nbytes["model.ts"] = weights_nbytes
         if "onnx" in self.request.formats:
             nbytes["weights.onnx.data"] = weights_nbytes
-        specs = (*encoder.inputs, *encoder.outputs)
-        nbytes["reference.safetensors"] = sum(4 * math.prod(s.of_batch(len(REFERENCE_SEEDS))) for s in specs)
+        specs = (*self.request.inputs, *encoder.outputs)
+        nbytes["reference.safetensors"] = sum(spec.nbytes(len(REFERENCE_SEEDS)) for spec in specs)
         if self.request.probes:
             nbytes[PROBES_FILE] = len(self.boundaries()) * len(REFERENCE_SEEDS) * 8 * (WIDTH + 1)
         return nbytes
@@ -101,6 +107,7 @@ def make_request(
     prefix: str | None = None,
     image_size: int | None = None,
     precision: str = "fp32",
+    input: str = "float32",
     opset: int = DEFAULT_OPSET,
     preprocess: str | None = None,
     probes: bool = False,
@@ -113,6 +120,7 @@ def make_request(
     for what, values, choices in (
         ("format", formats, FORMATS),
         ("precision", (precision,), tuple(PRECISIONS)),
+        ("input", (input,), INPUTS),
         ("layout", (layout,), ("auto", *encoder.layout_names())),
         ("publisher", (preprocess or PUBLISHERS[0],), PUBLISHERS),
     ):
@@ -131,6 +139,7 @@ def make_request(
             got=",".join(map(str, batch)) or "none",
         )
     size = "" if encoder.image_size == published.image_size else f"-{encoder.image_size}"
+    name = f"{encoder.name}{size}-{precision}{'' if input == 'float32' else f'-{input}'}"
     return Request(
         encoder,
         tuple(format for format in FORMATS if format in formats),
@@ -139,10 +148,11 @@ def make_request(
         prefix,
         image_size is not None,
         cast(Precision, precision),
+        cast(InputDtype, input),
         opset,
         cast("Publisher | None", preprocess),
         probes,
-        Path(output) if output is not None else Path(f"{encoder.name}{size}-{precision}"),
+        Path(output) if output is not None else Path(name),
         force,
     )
 

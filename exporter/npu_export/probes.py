@@ -14,7 +14,7 @@ from npu_export.encoders.spec import ACCELERATOR_MARGIN
 from npu_export.plan import PROBES_FILE, REFERENCE_SEEDS, ExportPlan
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import MANIFEST_NAME, Boundary, Precision, Probes
-from npu_runtime.artifact.store import Array, Artifact, ProbeRecord, open_artifact, record_file
+from npu_runtime.artifact.store import Artifact, Images, ProbeRecord, open_artifact, record_file
 from npu_runtime.backends.base import Options
 from npu_runtime.backends.probed import ProbedProgram, open_probed, rows_of
 from npu_runtime.backends.table import FORMATS
@@ -73,7 +73,8 @@ def collect_statistics(
     if plan.request.precision == "fp32":
         first = {name: ProbeRecord(r.sketch[:1], r.norm[:1]) for name, r in reference.items()}
         return Statistics(reference, first, recorder.sizes)
-    image = seeded_images(REFERENCE_SEEDS[:1], plan.request.encoder.inputs[0].of_batch(1)[1:])
+    spec = plan.request.inputs[0]
+    image = seeded_images(REFERENCE_SEEDS[:1], spec.of_batch(1)[1:], spec.dtype)
     with record_boundaries(network) as narrow:
         run_eager(module, image)
     return Statistics(reference, narrow.records(1), recorder.sizes)
@@ -172,9 +173,9 @@ def _probe_program(
 
 
 def find_places(
-    program: ProbedProgram, statistics: Statistics, image: Array, batch: int, nearest: float, steps: Steps
+    program: ProbedProgram, statistics: Statistics, image: Images, batch: int, nearest: float, steps: Steps
 ) -> dict[str, Found]:
-    """For each boundary the value of the program that is nearest to the network's on an image [1, 3, H, W].
+    """For each boundary the value of the program that is nearest to the network's on an image [1, ...].
 
     The residual additions are tried first: additions to what another operator reads as well. For what is not among
     them, every value between the places of the boundaries before and after it is. What has no value as near as
@@ -198,7 +199,7 @@ def find_places(
 
 def _nearest_values(
     program: ProbedProgram,
-    images: Array,
+    images: Images,
     statistics: Statistics,
     candidates: Mapping[str, Sequence[int]],
     nearest: float,

@@ -34,7 +34,8 @@ def trace_frozen(module: nn.Module, pixel_values: TensorSpec, batches: Sequence[
     whoever calls one must.
     """
     entries = _with_entry_points(module, batches)
-    examples = {entry_point(b): torch.zeros(pixel_values.of_batch(b)) for b in batches}
+    dtype = getattr(torch, pixel_values.dtype)
+    examples = {entry_point(b): torch.zeros(pixel_values.of_batch(b), dtype=dtype) for b in batches}
     examples["forward"] = examples[entry_point(batches[0])]
     with _known_warnings(), torch.no_grad():
         traced = torch.jit.trace_module(entries, examples, check_trace=False)

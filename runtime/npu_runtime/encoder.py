@@ -18,7 +18,7 @@ from npu_runtime.steps import Advance, unwatched
 
 if TYPE_CHECKING:
     from npu_runtime.artifact.schema import Manifest
-    from npu_runtime.artifact.store import Artifact
+    from npu_runtime.artifact.store import Artifact, Images
     from npu_runtime.backends.base import Array, GraphChoice, Session, SessionReport, StageTimes
     from npu_runtime.devices import Device
     from npu_runtime.devices.numerics import Numerics
@@ -122,16 +122,17 @@ class Encoder:
     def manifest(self) -> Manifest:
         return self.artifact.manifest
 
-    def __call__(self, pixel_values: Array) -> Array:
-        """The first output of the manifest, the embedding [N, D], of `pixel_values` [N, 3, H, W]."""
+    def __call__(self, pixel_values: Images) -> Array:
+        """The first output of the manifest, the embedding [N, D], of `pixel_values`; see `run`."""
         name = self.manifest.outputs[0].name
         return self.run(pixel_values, (name,))[name]
 
     def run(
-        self, pixel_values: Array, outputs: Sequence[str] | None = None, *, allow_nonfinite: bool = False
+        self, pixel_values: Images, outputs: Sequence[str] | None = None, *, allow_nonfinite: bool = False
     ) -> dict[str, Array]:
-        """Outputs by name, float32 [N, ...], of `pixel_values`, float32 [N, 3, H, W], for any N.
+        """Outputs by name, float32 [N, ...], of `pixel_values` as the manifest's input has them, for any N.
 
+        That is float32 [N, 3, H, W], normalised, or uint8 [N, H, W, 3], cut to size.
         Only the outputs asked for are copied; None asks for all. The arrays belong to the caller.
         Raises InputError for another dtype, rank or size, and ProgramError when an output holds NaN
         or infinity, unless `allow_nonfinite` says that the caller counts them.
@@ -167,7 +168,7 @@ class Encoder:
             for rows in stream.batches():
                 parts.append(np.stack(cast("list[Array]", rows)))
                 advance(len(rows))
-        return np.concatenate(parts) if parts else self(np.empty((0, *self._shape), np.float32))
+        return np.concatenate(parts) if parts else self(np.empty((0, *self._shape), self._input.dtype))
 
     def stream(
         self,
@@ -180,8 +181,8 @@ class Encoder:
         """Rows of an output, the manifest's first unless it is named, one for each image, in their order.
 
         An image is a path, the bytes of an image file, a pillow image, a picture as uint8 [H, W, 3] (of torch
-        [3, H, W]), or `pixel_values` float32 [3, H, W]; arrays may be numpy's or torch's. A batch of either, with
-        one dimension more, counts as its images. An InputError stands for an image that could not be had.
+        [3, H, W]), or `pixel_values` float32 [3, H, W], which programs that normalise refuse. Arrays may be numpy's or
+        torch's; a batch of either counts as its images. An InputError stands for an image that could not be had.
 
         `images` is read in the thread that asks for rows, ahead of them by no more than `most_in_flight`, whatever
         the caller does; what needs a row before it can give the next image must call the encoder instead.
@@ -199,11 +200,11 @@ class Encoder:
             what = "images is one path" if isinstance(images, (str, os.PathLike)) else "images is one image"
             raise InputError(what, expected="a list or another iterable", got=repr(images)[:100], hint="write [image]")
         name = self.manifest.outputs[0].name if output is None else output
-        self._check(np.empty((0, *self._shape), np.float32), (name,))
+        self._check(np.empty((0, *self._shape), self._input.dtype), (name,))
         self._opened()
         stream = Stream(
             images,
-            lambda image, called: prepare(image, called, self.manifest.preprocessing),
+            lambda image, called: prepare(image, called, self._input, self.manifest.preprocessing),
             lambda pixel_values: self.run(pixel_values, (name,))[name],
             batch=max(self.batches),
             workers=cpu_count() if workers is None else workers,
@@ -212,7 +213,7 @@ class Encoder:
         self._streams.add(stream)
         return stream
 
-    def time_stages(self, pixel_values: Array) -> StageTimes | None:
+    def time_stages(self, pixel_values: Images) -> StageTimes | None:
         """Transfer in, compute and transfer out of a call for the first output, on the device's own clock.
 
         None where they cannot be told apart: on the CPU, and of onnxruntime. `pixel_values` are as many as one of
@@ -252,24 +253,26 @@ class Encoder:
             raise UsageError("the encoder is closed", hint="load it again")
         return session
 
-    def _run_batch(self, session: Session, pixel_values: Array, size: int, names: Sequence[str]) -> list[Array]:
+    def _run_batch(self, session: Session, pixel_values: Images, size: int, names: Sequence[str]) -> list[Array]:
         """One program run; rows beyond the images are zero and their outputs mean nothing."""
         if len(pixel_values) < size:
-            padded = np.zeros((size, *self._shape), np.float32)
+            padded = np.zeros((size, *self._shape), self._input.dtype)
             padded[: len(pixel_values)] = pixel_values
             pixel_values = padded
         return session.run(np.ascontiguousarray(pixel_values), names)
 
-    def _check(self, pixel_values: Array, names: Sequence[str]) -> None:
-        expected = f"numpy float32 [N, {', '.join(map(str, self._shape))}]"
+    def _check(self, pixel_values: Images, names: Sequence[str]) -> None:
+        expected = f"numpy {self._input.dtype} [N, {', '.join(map(str, self._shape))}]"
         if not isinstance(pixel_values, np.ndarray):
             raise InputError(f"{self._input.name} is no array", expected=expected, got=type(pixel_values).__name__)
-        if pixel_values.dtype != np.float32:
+        if pixel_values.dtype != self._input.dtype:
             raise InputError(
                 f"{self._input.name} has another dtype",
                 expected=expected,
                 got=f"{pixel_values.dtype} {list(pixel_values.shape)}",
-                hint="convert with .astype(numpy.float32)",
+                hint="give pixels that are not normalised: the programs of this artifact do that"
+                if self._input.dtype == "uint8"
+                else "convert with .astype(numpy.float32)",
             )
         if pixel_values.shape[1:] != self._shape or pixel_values.ndim != len(self._shape) + 1:
             raise InputError(
@@ -286,7 +289,7 @@ class Encoder:
             )
 
 
-def _nonfinite(name: str, array: Array, pixel_values: Array) -> ProgramError:
+def _nonfinite(name: str, array: Array, pixel_values: Images) -> ProgramError:
     axes = tuple(range(1, array.ndim))
     rows = np.flatnonzero(~np.isfinite(array).all(axis=axes))
     inputs = np.flatnonzero(~np.isfinite(pixel_values[rows]).all(axis=(1, 2, 3)))

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from npu_runtime.artifact.schema import Preprocessing
+from npu_runtime.artifact.schema import InputDtype, Preprocessing, input_spec
+from npu_runtime.artifact.store import Images
 from npu_runtime.decode import read_upright, to_upright_rgb
 
 if TYPE_CHECKING:
@@ -29,14 +30,16 @@ MOST_PIXELS = 1 << 26
 """Of an enlarged image before the crop, 256 MiB in pillow: reached by images 250 times as long as wide, or more."""
 
 
-def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing) -> Array:
-    """`pixel_values`, float32 [N, 3, H, W], of image files.
+def read_images(
+    paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing, dtype: InputDtype = "float32"
+) -> Images:
+    """`pixel_values` of image files: float32 [N, 3, H, W], or uint8 [N, H, W, 3].
 
     Raises InputError with the path of the first file that is missing or no image.
     """
-    pixel_values = np.empty((len(paths), 3, *preprocessing.size), np.float32)
+    pixel_values = np.empty(input_spec(dtype, preprocessing.size).of_batch(len(paths)), dtype)
     for row, path in zip(pixel_values, paths):
-        normalise(resize_and_crop(read_upright(path), preprocessing), preprocessing, out=row)
+        write_pixels(resize_and_crop(read_upright(path), preprocessing), preprocessing, out=row)
     return pixel_values
 
 
@@ -84,6 +87,14 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     return np.asarray(image.resize((wide, high), kind).crop(box))
 
 
+def write_pixels(pixels: Pixels, preprocessing: Preprocessing, *, out: Images) -> None:
+    """Write pixels [H, W, 3] to `out` as they are where it is uint8, for programs that normalise; else normalised."""
+    if out.dtype == np.uint8:
+        out[...] = pixels
+    else:
+        normalise(pixels, preprocessing, out=cast(Array, out))
+
+
 def normalise(pixels: Pixels, preprocessing: Preprocessing, *, out: Array) -> None:
     """Write pixels [H, W, 3] to `out` [3, H, W]: scaled to 0..1, minus the mean, divided by the deviation."""
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
@@ -92,8 +103,10 @@ def normalise(pixels: Pixels, preprocessing: Preprocessing, *, out: Array) -> No
         np.take(table, pixels[..., channel], out=out[channel], mode="clip")  # which needs no buffer; bytes are inside
 
 
-def denormalise(pixel_values: Array, preprocessing: Preprocessing) -> Pixels:
-    """The colours [H, W, 3] that `preprocess` made `pixel_values` [3, H, W] from; NaN and infinity are clipped."""
+def denormalise(pixel_values: Images, preprocessing: Preprocessing) -> Pixels:
+    """The colours [H, W, 3] that `write_pixels` made `pixel_values` of an image from; NaN and infinity are clipped."""
+    if pixel_values.dtype == np.uint8:
+        return cast(Pixels, pixel_values)
     channels = pixel_values.transpose(1, 2, 0)
     colours = channels * np.array(preprocessing.std, np.float32) + np.array(preprocessing.mean, np.float32)
     rounded: Pixels = np.rint(np.nan_to_num(colours).clip(0, 1) * 255).astype(np.uint8)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from npu_runtime.artifact.schema import Preprocessing
+    from npu_runtime.artifact.schema import Preprocessing, TensorSpec
+    from npu_runtime.artifact.store import Images
 
 Array = npt.NDArray[np.float32]
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | torch.Tensor | InputError"
@@ -39,6 +40,7 @@ MOST_BAD = 1000
 
 
 Row: TypeAlias = "Array | BadImage"
+Prepared: TypeAlias = "Images | BadImage"
 
 
 class Stream(Iterator[Row]):
@@ -50,8 +52,8 @@ class Stream(Iterator[Row]):
     def __init__(
         self,
         images: Iterable[Source],
-        prepare: Callable[[Source, str], Array],
-        run: Callable[[Array], Array],
+        prepare: Callable[[Source, str], Images],
+        run: Callable[[Images], Array],
         *,
         batch: int,
         workers: int,
@@ -137,7 +139,7 @@ class Stream(Iterator[Row]):
     def _run_batches(self, images: Iterable[Source]) -> Generator[list[Row], None, None]:
         running: deque[tuple[list[BadImage | None], Future[Array]]] = deque()
         places: list[BadImage | None] = []
-        good: list[Array] = []
+        good: list[Images] = []
         for row in self._prepared(images):
             if isinstance(row, BadImage):
                 places.append(row)
@@ -154,16 +156,16 @@ class Stream(Iterator[Row]):
         while running:
             yield _in_places(*running.popleft())
 
-    def _run_all(self, pixel_values: list[Array]) -> Array:
+    def _run_all(self, pixel_values: list[Images]) -> Array:
         if not pixel_values:
             return np.empty(0, np.float32)
         stacked = np.stack(pixel_values)
         pixel_values.clear()
         return self._run(stacked)
 
-    def _prepared(self, images: Iterable[Source]) -> Iterator[Row]:
+    def _prepared(self, images: Iterable[Source]) -> Iterator[Prepared]:
         """`pixel_values` of each image in order, while workers prepare those after it."""
-        waiting: deque[tuple[Source, Future[Row]]] = deque()
+        waiting: deque[tuple[Source, Future[Prepared]]] = deque()
         for index, image in enumerate(_one_by_one(images)):
             # Pillow reads a file when its image is first used, and two threads must not do so.
             wait([future for other, future in waiting if other is image])
@@ -173,7 +175,7 @@ class Stream(Iterator[Row]):
         while waiting:
             yield waiting.popleft()[1].result()
 
-    def _prepare_one(self, index: int, image: Source) -> Row:
+    def _prepare_one(self, index: int, image: Source) -> Prepared:
         name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {index}"
         try:
             if isinstance(image, InputError):
@@ -183,16 +185,18 @@ class Stream(Iterator[Row]):
             return BadImage(index, name, error)
 
 
-def prepare(image: Source, name: str, preprocessing: Preprocessing) -> Array:
-    """`pixel_values` [3, H, W] of one image, which messages call `name`; those given as such are only checked.
+def prepare(image: Source, name: str, spec: TensorSpec, preprocessing: Preprocessing) -> Images:
+    """`pixel_values`, as the input has them, of one image, which messages call `name`.
+
+    Those given as such, float32 [3, H, W], are only checked; an array of uint8 is a picture of any size.
 
     Raises InputError for what is no image, and for one of another shape or type.
     """
     from npu_runtime.decode import read_upright, to_upright_rgb
-    from npu_runtime.preprocess import normalise, resize_and_crop
+    from npu_runtime.preprocess import resize_and_crop, write_pixels
 
     if isinstance(image, np.ndarray) and image.dtype != np.uint8:
-        return _check(image, name, preprocessing)
+        return _check(image, name, spec)
     if isinstance(image, (str, os.PathLike)):
         upright = read_upright(image)
     elif isinstance(image, bytes):
@@ -202,19 +206,23 @@ def prepare(image: Source, name: str, preprocessing: Preprocessing) -> Array:
             upright = to_upright_rgb(_picture(image) if isinstance(image, np.ndarray) else _require_image(image))
         except Exception as error:  # a damaged file, which pillow reads only now, makes it raise anything
             raise InputError("the image cannot be read", where=name, got=str(error) or repr(error)) from error
-    pixel_values = np.empty((3, *preprocessing.size), np.float32)
-    normalise(resize_and_crop(upright, preprocessing), preprocessing, out=pixel_values)
+    pixel_values = np.empty(spec.of_batch(1)[1:], spec.dtype)
+    write_pixels(resize_and_crop(upright, preprocessing), preprocessing, out=pixel_values)
     return pixel_values
 
 
-def _check(pixel_values: npt.NDArray[Any], name: str, preprocessing: Preprocessing) -> Array:
-    shape = (3, *preprocessing.size)
-    if pixel_values.dtype != np.float32 or pixel_values.shape != shape:
+def _check(pixel_values: npt.NDArray[Any], name: str, spec: TensorSpec) -> Array:
+    shape = spec.of_batch(1)[1:]
+    if spec.dtype == "uint8" or pixel_values.dtype != np.float32 or pixel_values.shape != shape:
+        taken, hint = f"{spec.dtype} {list(shape)}, normalised, or a picture, uint8 [H, W, 3]", None
+        if spec.dtype == "uint8":
+            taken, hint = "a picture, uint8 [H, W, 3]", "do not normalise it: the programs of this artifact do"
         raise InputError(
             "an array is not what the encoder takes",
             where=name,
-            expected=f"float32 {list(shape)}, normalised, or a picture, uint8 [H, W, 3]",
+            expected=taken,
             got=f"{pixel_values.dtype} {list(pixel_values.shape)}",
+            hint=hint,
         )
     return pixel_values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float32]
 
 
-def tensor_from_array(array: Array) -> torch.Tensor:
+def tensor_from_array(array: npt.NDArray[Any]) -> torch.Tensor:
     """A tensor over the array's memory; over a copy where the array is read-only, which torch cannot share."""
     import torch
 

@@ -16,6 +16,7 @@ import tiny
 import torch
 from PIL import Image
 
+from npu_export.encoders.spec import EncoderSpec
 from npu_export.pipeline import export
 from npu_runtime.torch_interop import without_jit_deprecation
 
@@ -505,3 +506,64 @@ def test_bench_and_embed_run_on_the_npu_and_record_the_conditions(command: Run, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "numerics  torchscript: strict (npu.conv.allow_hf32 False" in done.stdout
     assert output.is_file()
+
+
+@pytest.fixture(scope="session")
+def artifact_of_pixels(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`artifact` with programs that take uint8 and normalise. Not to be changed."""
+    output = tmp_path_factory.mktemp("npu-pixels") / "tiny-vit"
+    how = {"formats": ("torchscript",), "batch": (1, 2, 4)}
+    return export("tiny-vit", weights="random:3", input="uint8", output=output, **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoder", tiny.FAMILIES, ids=lambda encoder: encoder.name)
+def test_pixels_of_every_family_are_normalised_on_the_device_and_nothing_runs_on_the_cpu(
+    encoder: EncoderSpec, command: Run, tmp_path: Path, photographs: Path
+) -> None:
+    output = export(encoder.name, weights="random:3", formats=("torchscript",), input="uint8", output=tmp_path / "u8")
+    log = tmp_path / "log"
+    arguments = ("--seeds", "42", "--images", photographs, "--graph", "on", "--json")
+    done = command("parity", output, *NPU, *arguments, SIMULATED_NPU_LOG=str(log))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(backend, device) for backend, device, _ in steps_of(done)] == [
+        ("eager", "cpu"),
+        ("torchscript", "cpu"),
+        ("eager", "npu:0"),
+        ("torchscript", "npu:0"),
+    ]
+    record = json.loads(done.stdout)
+    assert all(o["metrics"]["max_abs_error"] < 1e-5 for step in record["steps"] for o in step["outputs"])
+    assert not [event for event in log.read_text("utf-8").split("\n") if event.startswith("fallback")]
+
+
+def test_the_bytes_of_a_call_that_move_to_the_device_fall_to_a_quarter(
+    script: Run, artifact: Path, artifact_of_pixels: Path
+) -> None:
+    done = script(
+        """
+import numpy as np, torch, npu_runtime
+from npu_runtime.artifact.random_images import draw_images
+for graph in (True, False):
+    for path in sys.argv[1:]:
+        with npu_runtime.load(path, device="npu:0", graph=graph) as encoder:
+            images = draw_images(np.random.default_rng(0), encoder.manifest.inputs[0].of_batch(7), encoder.manifest.inputs[0].dtype)
+            before = torch.ops.simulated_npu.nbytes_copied_in()
+            encoder(images)
+            print(torch.ops.simulated_npu.nbytes_copied_in() - before)
+""",  # noqa: E501
+        artifact,
+        artifact_of_pixels,
+    )
+    whole = 7 * 3 * 32 * 32  # as 4, 2 and 1
+    assert list(map(int, done.stdout.split())) == [4 * whole, whole] * 2
+
+
+def test_what_measures_calls_on_the_npu_gives_programs_of_pixels_bytes(command: Run, artifact_of_pixels: Path) -> None:
+    arguments = ("--iterations", "2", "--warmup", "1", "--batch", "1", "--callers", "2", "--seconds", "0.2", "--cold")
+    done = command("bench", artifact_of_pixels, *NPU, *arguments, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout)
+    assert {row["backend"] for row in record["rows"]} == {"eager", "torchscript"}
+    assert all(len(row["stages"]["samples"]) == 2 for row in record["rows"])
+    assert [start["backend"] for start in record["cold"]] == ["torchscript"]  # eager is not known in a fresh process
+    assert (record["not_run"], len(record["throughput"])) == ({}, 2)

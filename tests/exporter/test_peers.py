@@ -20,10 +20,11 @@ from npu_export.encoders.aimv2 import AIMV2_LARGE_DISTILLED
 from npu_export.encoders.convnext import CONVNEXT_BASE_CLIP
 from npu_export.encoders.dinov2 import DINOV2_SMALL_REG4
 from npu_export.encoders.spec import EncoderSpec
-from npu_export.pipeline import export, seeded_images
+from npu_export.pipeline import export
 from npu_export.random_weights import seeded_tensor
 from npu_export.timm_import import import_timm
 from npu_runtime.artifact.store import open_artifact
+from npu_runtime.parity.inputs import seeded_images
 
 NEAR = 5e-5
 Outputs = dict[str, np.ndarray[Any, np.dtype[np.float32]]]

@@ -28,6 +28,7 @@ from npu_runtime.artifact.schema import (
     TokenGroup,
     Tolerance,
     Weights,
+    input_spec,
 )
 from npu_runtime.errors import ArtifactError
 from npu_runtime.structured import to_json
@@ -199,7 +200,9 @@ def test_every_manifest_of_an_older_minor_is_read() -> None:
         before_devices = file.stem in ("2.0", "2.1")
         assert (manifest.probes, [output.groups for output in manifest.outputs] == [(), ()]) == (None, before_devices)
         assert (manifest.tolerances_on("npu") == manifest.tolerances) is before_devices
-        assert (manifest.preprocessing.publisher, manifest.preprocessing.crop_offset) == (None, "even")
+        published = None if file.stem in ("2.0", "2.1", "2.2") else "hf"
+        assert (manifest.preprocessing.publisher, manifest.preprocessing.crop_offset) == (published, "even")
+        assert manifest.inputs == (input_spec("float32", (32, 32)),)
 
 
 def test_a_newer_minor_is_read_and_what_it_adds_is_ignored(document: dict[str, Any]) -> None:

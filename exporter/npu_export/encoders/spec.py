@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from npu_export.keymap import Drop, Rule
-from npu_runtime.artifact.schema import DeviceKind, Precision, Preprocessing, TensorSpec, Tolerance
+from npu_runtime.artifact.schema import DeviceKind, Precision, Preprocessing, TensorSpec, Tolerance, input_spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,8 +101,8 @@ class EncoderSpec:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """RGB images, normalised."""
-        return (TensorSpec("pixel_values", "float32", ("B", 3, self.image_size, self.image_size)),)
+        """RGB images, normalised, which the network itself takes whatever a program does."""
+        return (input_spec("float32", (self.image_size, self.image_size)),)
 
     @property
     def aliases(self) -> tuple[str, ...]:

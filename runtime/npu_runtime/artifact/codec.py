@@ -106,6 +106,7 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
         )
     impossible = [f"batch {p.batch} of {p.file}" for p in manifest.programs if p.batch < 1]
     impossible += [f"shape {list(s.shape)} of {s.name}" for s in (*manifest.inputs, *manifest.outputs) if not _fixed(s)]
+    impossible += [f"uint8 {list(s.shape)} of {s.name}" for s in _unknown_bytes(manifest)]
     impossible += [] if min(manifest.preprocessing.size) > 0 else [f"image size {list(manifest.preprocessing.size)}"]
     edge = manifest.preprocessing.shortest_edge
     impossible += [] if edge is None or edge >= max(manifest.preprocessing.size) else [f"shortest edge {edge}"]
@@ -129,6 +130,13 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
             got=", ".join(impossible),
             hint="the file was edited or damaged; export the artifact again",
         )
+
+
+def _unknown_bytes(manifest: Manifest) -> list[TensorSpec]:
+    """Tensors of uint8 that are no pixels of the size to which images are cut."""
+    pixels = ("B", *manifest.preprocessing.size, 3)
+    wrong = [spec for spec in manifest.inputs if spec.dtype == "uint8" and spec.shape != pixels]
+    return wrong + [spec for spec in manifest.outputs if spec.dtype == "uint8"]
 
 
 def _fixed(spec: TensorSpec) -> bool:

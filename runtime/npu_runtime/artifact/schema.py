@@ -7,22 +7,26 @@ Versions of the schema:
     2.1  reference.numerics, which 2.0 lacks.
     2.2  tolerances[].device, outputs[].groups, probes.
     2.3  preprocessing.publisher and .crop_offset, which was always even.
+    2.4  an input of uint8 [B, H, W, 3], which the programs normalise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 SCHEMA_MAJOR = 2
-SCHEMA_MINOR = 3
+SCHEMA_MINOR = 4
 
 MANIFEST_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
-"""Type of weights and compute inside of the programs; inputs and outputs are float32 whatever it is."""
+"""Type of weights and compute inside of the programs; what goes in and comes out is the same whatever it is."""
 
+InputDtype = Literal["float32", "uint8"]
+"""float32: images [B, 3, H, W], normalised. uint8: their pixels [B, H, W, 3], which the programs normalise."""
 
 DeviceKind = Literal["cpu", "cuda", "npu"]
 
@@ -45,7 +49,8 @@ class TensorSpec:
     """One input or output of every program. `shape` starts with the batch, spelled "B"."""
 
     name: str
-    dtype: Literal["float32"]
+    dtype: InputDtype
+    """Of outputs always float32."""
     shape: tuple[int | Literal["B"], ...]
     groups: tuple[TokenGroup, ...] = ()
     """Kinds of tokens in an output [B, N, D], in order; empty where it has none or they were not recorded."""
@@ -53,6 +58,15 @@ class TensorSpec:
     def of_batch(self, batch: int) -> tuple[int, ...]:
         """The shape at a batch size."""
         return tuple(batch if size == "B" else size for size in self.shape)
+
+    def nbytes(self, batch: int) -> int:
+        """Bytes at a batch size."""
+        return (1 if self.dtype == "uint8" else 4) * math.prod(self.of_batch(batch))
+
+
+def input_spec(dtype: InputDtype, size: tuple[int, int]) -> TensorSpec:
+    """`pixel_values` of RGB images of this height and width."""
+    return TensorSpec("pixel_values", dtype, ("B", *size, 3) if dtype == "uint8" else ("B", 3, *size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +100,17 @@ class Reference:
 
     file: str
     seeds: tuple[int, ...]
-    """One image a seed: `numpy.random.default_rng(seed).standard_normal`, float32."""
+    """One image a seed, drawn from `numpy.random.default_rng(seed)` as `draw_images` does."""
     numerics: Mapping[str, str] = field(default_factory=dict)
     """Settings of the libraries that the eager network ran under, by name; empty where that was not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How an image file becomes `pixel_values`: resize, crop, scale to 0..1, subtract mean, divide by std."""
+    """How an image file becomes `pixel_values`: resize, crop, scale to 0..1, subtract mean, divide by std.
+
+    With an input of uint8 it is `pixel_values` once it is cut, and the rest is frozen into the programs.
+    """
 
     size: tuple[int, int]
     """Height and width in pixels."""

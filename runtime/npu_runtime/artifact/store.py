@@ -18,6 +18,8 @@ from npu_runtime.errors import ArtifactError
 from npu_runtime.steps import BYTES, Advance, Silent, Steps, unwatched
 
 Array = npt.NDArray[np.float32]
+Images = npt.NDArray[np.float32 | np.uint8]
+"""`pixel_values` as the manifest's input has them: float32 [N, 3, H, W], or uint8 [N, H, W, 3]."""
 Stamp = tuple[int, ...]
 """What changes when a file is written or replaced: device, inode, size, times of writing and of change."""
 
@@ -76,8 +78,8 @@ class Artifact:
         for name in chosen:
             self.checked_path(name, advance)
 
-    def read_reference(self) -> tuple[Array, dict[str, Array]]:
-        """Recorded `pixel_values` [N, 3, H, W] and the reference outputs by name, [N, ...] each."""
+    def read_reference(self) -> tuple[Images, dict[str, Array]]:
+        """Recorded `pixel_values` [N, ...] and the reference outputs by name, [N, ...] each."""
         manifest = self.manifest
         path, tensors = self._read_tensors(manifest.reference.file, "the reference")
         specs = (*manifest.inputs, *manifest.outputs)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_runtime.artifact.schema import Program
-from npu_runtime.artifact.store import Artifact
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.devices import Device
 from npu_runtime.devices.numerics import Arithmetic, Numerics
 from npu_runtime.errors import ArtifactError, UnavailableError, UsageError, first_line
@@ -76,14 +76,14 @@ class StageTimes:
 class Session(Protocol):
     """Programs opened on a device. Threads may share one."""
 
-    def run(self, pixel_values: Array, outputs: Sequence[str]) -> list[Array]:
+    def run(self, pixel_values: Images, outputs: Sequence[str]) -> list[Array]:
         """The outputs asked for, in that order, for a C-contiguous batch of a size that was opened.
 
         Arrays belong to the caller. Shapes are the manifest's; the values are not checked here.
         """
         ...
 
-    def time_stages(self, pixel_values: Array, outputs: Sequence[str]) -> StageTimes | None:
+    def time_stages(self, pixel_values: Images, outputs: Sequence[str]) -> StageTimes | None:
         """The stages of a call as `run` makes it; None where they cannot be told apart."""
         ...
 

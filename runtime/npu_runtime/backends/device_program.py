@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from npu_runtime.artifact.schema import TensorSpec
+from npu_runtime.artifact.store import Images
 from npu_runtime.backends.base import Array, GraphReport, StageTimes
 from npu_runtime.devices.accelerator import Accelerator
 from npu_runtime.devices.operators import Operators, watch_operators
@@ -32,11 +34,12 @@ class DeviceProgram:
     caller owns what it gets.
     """
 
-    def __init__(self, accelerator: Accelerator, call: Call, shape: tuple[int, ...]) -> None:
+    def __init__(self, accelerator: Accelerator, call: Call, spec: TensorSpec, batch: int) -> None:
         self.accelerator = accelerator
         self._call: Call | None = call
-        self._host_input = accelerator.pinned(shape, torch.float32)
-        self._input = accelerator.normal(shape, seed=0)
+        self._input = accelerator.drawn_images(spec, batch, seed=0)
+        self._host_input = accelerator.pinned(tuple(self._input.shape), self._input.dtype)
+        self._spec = spec
         self._host_outputs: dict[int, torch.Tensor] = {}
         self._graph: Any = None
         self._captured: Sequence[torch.Tensor] = ()
@@ -78,7 +81,7 @@ class DeviceProgram:
             return GraphReport(batch, False, "replay is slower than plain calls here", difference, speedup)
         return GraphReport(batch, True, None, difference, speedup)
 
-    def run(self, pixel_values: Array, wanted: Sequence[int]) -> list[Array]:
+    def run(self, pixel_values: Images, wanted: Sequence[int]) -> list[Array]:
         """The outputs of these places, in arrays of their own."""
         with self.accelerator.current(), torch.inference_mode():
             self._copy_in(pixel_values)
@@ -86,7 +89,7 @@ class DeviceProgram:
             self.accelerator.synchronize()
         return [host.numpy().copy() for host in hosts]
 
-    def time_stages(self, pixel_values: Array, wanted: Sequence[int]) -> StageTimes:
+    def time_stages(self, pixel_values: Images, wanted: Sequence[int]) -> StageTimes:
         """Milliseconds of one run on the device's own clock.
 
         The transfer in holds the host's copy into pinned memory, for which the device waits; the arrays that
@@ -111,7 +114,7 @@ class DeviceProgram:
         self._host_outputs.clear()
         del self._input, self._host_input
 
-    def _copy_in(self, pixel_values: Array) -> None:
+    def _copy_in(self, pixel_values: Images) -> None:
         np.copyto(self._host_input.numpy(), pixel_values)
         self._input.copy_(self._host_input, non_blocking=True)
 
@@ -137,7 +140,7 @@ class DeviceProgram:
     def _difference(self) -> float:
         """Largest absolute difference of a replay from a plain call on new input; 0 when equal bit for bit."""
         with torch.inference_mode():
-            self._input.copy_(self.accelerator.normal(tuple(self._input.shape), seed=1))
+            self._input.copy_(self.accelerator.drawn_images(self._spec, len(self._input), seed=1))
             plain = [tensor.cpu() for tensor in self._plain()]
             replayed = [tensor.cpu() for tensor in self._compute()]
         return max(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from npu_runtime.artifact.schema import Manifest, Program, TensorSpec
-from npu_runtime.artifact.store import Artifact
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, Options, SessionReport, programs_of
 from npu_runtime.backends.inference_session import SessionOpener, require_provider
 from npu_runtime.devices import Device
@@ -15,6 +15,10 @@ from npu_runtime.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
+
+
+_TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}
+"""A tensor's dtype -> its type in onnxruntime's words."""
 
 
 class OnnxRuntimeBackend:
@@ -52,13 +56,13 @@ class OnnxRuntimeSession:
         self._fallback: dict[str, None] = {}
         self._lock = threading.Lock()
 
-    def run(self, pixel_values: Array, outputs: Sequence[str]) -> list[Array]:
+    def run(self, pixel_values: Images, outputs: Sequence[str]) -> list[Array]:
         batch = len(pixel_values)
         session = self._open.get(batch) or self._open_batch(batch)
         results: list[Array] = session.run(outputs, {self._input: pixel_values})
         return results
 
-    def time_stages(self, pixel_values: Array, outputs: Sequence[str]) -> None:
+    def time_stages(self, pixel_values: Images, outputs: Sequence[str]) -> None:
         """None: a run of onnxruntime is one call, transfers inside."""
         return None
 
@@ -92,7 +96,7 @@ def _check_signature(session: onnxruntime.InferenceSession, manifest: Manifest, 
     """The graph's inputs and outputs are the manifest's, name by name."""
 
     def expected(specs: Sequence[TensorSpec]) -> dict[str, tuple[str, list[int]]]:
-        return {s.name: ("tensor(float)", list(s.of_batch(program.batch))) for s in specs}
+        return {s.name: (_TYPES[s.dtype], list(s.of_batch(program.batch))) for s in specs}
 
     got_inputs = {node.name: (node.type, node.shape) for node in session.get_inputs()}
     got_outputs = {node.name: (node.type, node.shape) for node in session.get_outputs()}

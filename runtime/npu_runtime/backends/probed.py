@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from npu_runtime.artifact.store import Artifact
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, Options
 from npu_runtime.devices import Device
 from npu_runtime.errors import ArtifactError, UsageError
 
 Value = npt.NDArray[Any]
-ProbedCall = Callable[[Array], tuple[dict[str, Array], list[Value]]]
+ProbedCall = Callable[[Images], tuple[dict[str, Array], list[Value]]]
 """`pixel_values` of the program's batch size -> its outputs by name, float32, and the values asked for.
 
 Arrays belong to the caller. A value has the shape that the program gives it, bfloat16 as float32."""

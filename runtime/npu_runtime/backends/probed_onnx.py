@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from npu_runtime.artifact.store import Artifact
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, Options, programs_of, unreadable_program
 from npu_runtime.backends.inference_session import SessionOpener, require_provider
 from npu_runtime.backends.onnx_bytes import read_nodes
@@ -43,7 +43,7 @@ class ProbedOnnx:
         session, _ = self._opener.open(self._path, added)
         names = list(dict.fromkeys([*self._outputs, *places]))
 
-        def call(pixel_values: Array) -> tuple[dict[str, Array], list[Value]]:
+        def call(pixel_values: Images) -> tuple[dict[str, Array], list[Value]]:
             results = dict(zip(names, session.run(names, {self._input: pixel_values})))
             return {name: results[name] for name in self._outputs}, [results[place] for place in places]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from npu_runtime.artifact.store import Artifact
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, Options, missing_package, programs_of
 from npu_runtime.backends.probed import Place, ProbedCall, Value
 from npu_runtime.backends.torchscript import open_entry_points
@@ -71,7 +71,7 @@ class ProbedTorchScript:
 
         function = self._function(places)
 
-        def call(pixel_values: Array) -> tuple[dict[str, Array], list[Value]]:
+        def call(pixel_values: Images) -> tuple[dict[str, Array], list[Value]]:
             # Optimising takes longer than the few runs that this function sees.
             plain = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
             with self._current(), torch.inference_mode(), plain:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from npu_runtime.artifact.store import Artifact
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, GraphReport, Options, SessionReport, StageTimes
 from npu_runtime.devices import Device, cpu_count
 from npu_runtime.devices.numerics import HeldNumerics
@@ -82,7 +82,7 @@ class TorchSession:
             arithmetic = measure_arithmetic(accelerator.torch_device)
             calls = programs(self._device, options.batches)
             for batch, call in calls.items():
-                program = self._prepared[batch] = DeviceProgram(accelerator, call, self._input.of_batch(batch))
+                program = self._prepared[batch] = DeviceProgram(accelerator, call, self._input, batch)
                 operators, outputs = program.first_run()
                 self._check_results(outputs, batch)
                 if not options.allow_fallback:
@@ -94,7 +94,7 @@ class TorchSession:
                     graphs.append(program.capture(required=options.graph is True))
         self._report = SessionReport(self._numerics.describe(), arithmetic, tuple(fallback), tuple(graphs))
 
-    def run(self, pixel_values: Array, outputs: Sequence[str]) -> list[Array]:
+    def run(self, pixel_values: Images, outputs: Sequence[str]) -> list[Array]:
         batch = len(pixel_values)
         wanted = [self._names.index(name) for name in outputs]
         if self._prepared:
@@ -107,7 +107,7 @@ class TorchSession:
         self._check_results(results, batch)
         return [array_from_tensor(results[index]) for index in wanted]
 
-    def time_stages(self, pixel_values: Array, outputs: Sequence[str]) -> StageTimes | None:
+    def time_stages(self, pixel_values: Images, outputs: Sequence[str]) -> StageTimes | None:
         """The stages of a call on an accelerator; None on the CPU, which has one."""
         if self._device.kind == "cpu":
             return None

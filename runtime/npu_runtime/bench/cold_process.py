@@ -31,6 +31,7 @@ def main() -> None:
 def _start(request: dict[str, Any], began_ns: int) -> dict[str, object]:
     import numpy as np
 
+    from npu_runtime.artifact.random_images import draw_images
     from npu_runtime.backends.table import find_backend
     from npu_runtime.encoder import load
 
@@ -44,8 +45,8 @@ def _start(request: dict[str, Any], began_ns: int) -> dict[str, object]:
         )
     )
     encoder = loaded[0]
-    shape = encoder.manifest.inputs[0].of_batch(request["batch"])
-    pixel_values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    spec = encoder.manifest.inputs[0]
+    pixel_values = draw_images(np.random.default_rng(0), spec.of_batch(request["batch"]), spec.dtype)
     first_ms, *later_ms = [_time_ms(lambda: encoder(pixel_values)) for _ in range(1 + request["calls"])]
     return {
         "import_ms": import_ms,

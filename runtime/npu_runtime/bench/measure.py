@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import numpy as np
 
-from npu_runtime.backends.base import Array, StageTimes
+from npu_runtime.artifact.random_images import draw_images
+from npu_runtime.artifact.store import Images
+from npu_runtime.backends.base import StageTimes
 from npu_runtime.encoder import Encoder
 from npu_runtime.steps import Advance, unwatched
 
@@ -32,7 +34,7 @@ def measure_latency(
     """Latencies in milliseconds of `encoder(pixel_values)`, by name and batch size, one for each round.
 
     A call is timed from numpy to numpy on a monotonic clock, input checks and copies included. Inputs
-    are standard normal and rotate; the order of the encoders is drawn anew each round, so that none
+    are random and rotate; the order of the encoders is drawn anew each round, so that none
     always follows the same other. `settle_s` seconds pass before each call, since threads of the one
     before spin for work a while. The warm-up rounds are not kept. `enough` is asked after each round that
     is kept, with the batch size's samples so far by name, and ends it where it says so. `advance`
@@ -87,7 +89,7 @@ def measure_stages(
     return stages
 
 
-def draw_inputs(encoders: Mapping[str, Encoder], batch: int, generator: np.random.Generator) -> Array:
-    """INPUTS batches of standard normal `pixel_values` for encoders of one artifact."""
+def draw_inputs(encoders: Mapping[str, Encoder], batch: int, generator: np.random.Generator) -> Images:
+    """INPUTS batches of random `pixel_values` for encoders of one artifact."""
     spec = next(iter(encoders.values())).manifest.inputs[0]
-    return generator.standard_normal((INPUTS, *spec.of_batch(batch)), np.float32)
+    return draw_images(generator, (INPUTS, *spec.of_batch(batch)), spec.dtype)

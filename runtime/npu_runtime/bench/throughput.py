@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npu_runtime.backends.base import Array
+from npu_runtime.artifact.store import Images
 from npu_runtime.bench.measure import INPUTS, draw_inputs
 from npu_runtime.encoder import Encoder
 
@@ -73,8 +73,8 @@ def measure_throughput(
                     progress()
 
 
-def run_slice(call: Callable[[Array], object], inputs: Array, callers: int, seconds: float) -> Load:
-    """The load of `callers` threads on `call` for one slice of `seconds`; inputs are [INPUTS, B, 3, H, W]."""
+def run_slice(call: Callable[[Images], object], inputs: Images, callers: int, seconds: float) -> Load:
+    """The load of `callers` threads on `call` for one slice of `seconds`; inputs are [INPUTS, B, ...]."""
     window = Slice(callers, seconds)
 
     def call_on(caller: int) -> None:

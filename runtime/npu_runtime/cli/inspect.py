@@ -34,7 +34,7 @@ def command(artifact: str, as_json: bool) -> None:
     )
     print_weights(manifest)
     for spec in manifest.inputs:
-        print_line(f"input     {_spell(spec)}")
+        print_line(f"input     {_spell(spec)}, {spell_nbytes(spec.nbytes(1))} an image")
     for spec in manifest.outputs:
         print_line(f"output    {_spell(spec)}")
     print_line(f"images    {spell_preprocessing(manifest.preprocessing)}")

@@ -62,7 +62,10 @@ def _parse_seeds(context: click.Context, parameter: click.Parameter, value: str 
     "--images", multiple=True, type=click.Path(), metavar="FILE|DIR", help="Image files, preprocessed as recorded."
 )
 @click.option(
-    "--arrays", type=click.Path(), metavar="FILE", help="pixel_values [N, 3, H, W] in .npy, .npz or .safetensors."
+    "--arrays",
+    type=click.Path(),
+    metavar="FILE",
+    help="pixel_values, as the artifact takes them, in .npy, .npz or .safetensors.",
 )
 @click.option("--skip-bad", is_flag=True, help="Exit with 0 in spite of images that cannot be read.")
 @click.option("--weights", metavar="FILE|DIR", help="Where the checkpoint lies now, for eager.  [default: as recorded]")
@@ -222,7 +225,7 @@ def _sources(
     """The inputs that were asked for; the default seeds where none were."""
     spec = manifest.inputs[0]
     sources = seeded_inputs(seeds or (() if images or arrays else DEFAULT_SEEDS), spec)
-    sources += image_inputs(images, manifest.preprocessing)
+    sources += image_inputs(images, manifest.preprocessing, spec.dtype)
     return sources + ([] if arrays is None else array_inputs(arrays, spec))
 
 
@@ -252,7 +255,7 @@ def _with_tolerances(artifact: Artifact, given: tuple[Tolerance, ...]) -> Artifa
 
 
 def _encode_worst(worst: WorstInput) -> bytes:
-    """safetensors: pixel_values [1, 3, H, W], `actual.OUTPUT` and `expected.OUTPUT` [1, ...]."""
+    """safetensors: pixel_values [1, ...], `actual.OUTPUT` and `expected.OUTPUT` [1, ...]."""
     from safetensors.numpy import save
 
     tensors = {"pixel_values": worst.pixel_values}

@@ -10,6 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from npu_runtime.artifact.random_images import draw_images
+from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.devices.device import Device
 from npu_runtime.errors import UsageError
 
@@ -67,11 +71,12 @@ class Accelerator:
         """An event that keeps its time: `record`, `synchronize`, and `elapsed_time(later)` in milliseconds."""
         return self._module.Event(enable_timing=True)
 
-    def normal(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-        """Standard normal float32 on the device, of the same numbers on every one; no generator's state moves."""
+    def drawn_images(self, spec: TensorSpec, batch: int, seed: int) -> torch.Tensor:
+        """Random images on the device, of the same numbers on every one; no generator's state moves."""
         import torch
 
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.torch_device)
+        images = draw_images(np.random.default_rng(seed), spec.of_batch(batch), spec.dtype)
+        return torch.from_numpy(images).to(self.torch_device)
 
     def memory(self) -> Memory:
         index = self.device.index

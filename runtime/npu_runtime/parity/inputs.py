@@ -11,8 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from npu_runtime.artifact.schema import Preprocessing, TensorSpec
-from npu_runtime.artifact.store import Array, Artifact
+from npu_runtime.artifact.random_images import draw_images
+from npu_runtime.artifact.schema import InputDtype, Preprocessing, TensorSpec
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.decode import image_suffixes
 from npu_runtime.errors import InputError, UsageError
 from npu_runtime.parity.thumbnails import MOST_THUMBNAILS, Thumbnails, make_thumbnails
@@ -33,7 +34,7 @@ class InputRecord:
     name: str
     kind: InputKind
     sha256: str
-    """Of its `pixel_values`, float32 [3, H, W]."""
+    """Of its `pixel_values`."""
     thumbnails: Thumbnails | None = None
     """Of the first MOST_THUMBNAILS image files; None for the others and in records before 1.1."""
 
@@ -52,21 +53,24 @@ class InputSource:
 
     name: str
     kind: InputKind
-    read: Callable[[], Array]
-    """Makes `pixel_values`, float32 [3, H, W]; raises InputError."""
-    picture: Callable[[Array], Thumbnails] | None = None
+    read: Callable[[], Images]
+    """Makes `pixel_values` of the input's dtype, without a batch; raises InputError."""
+    picture: Callable[[Images], Thumbnails] | None = None
     """Makes thumbnails of an image file, given its `pixel_values`; None for what is no picture."""
 
 
-def seeded_images(seeds: Sequence[int], shape: Sequence[int]) -> Array:
-    """Standard normal float32 images [N, *shape], one from each seed, the same on every machine."""
-    return np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
+def seeded_images(seeds: Sequence[int], shape: Sequence[int], dtype: InputDtype = "float32") -> Images:
+    """Random images [N, *shape], one from each seed, the same on every machine."""
+    return np.stack([draw_images(np.random.default_rng(seed), shape, dtype) for seed in seeds])
 
 
 def seeded_inputs(seeds: Sequence[int], spec: TensorSpec) -> list[InputSource]:
     """An image from each seed."""
     shape = spec.of_batch(1)[1:]
-    return [InputSource(f"seed {seed}", "seed", lambda seed=seed: seeded_images((seed,), shape)[0]) for seed in seeds]  # type: ignore[misc]
+    return [
+        InputSource(f"seed {seed}", "seed", lambda seed=seed: seeded_images((seed,), shape, spec.dtype)[0])  # type: ignore[misc]
+        for seed in seeds
+    ]
 
 
 def reference_inputs(artifact: Artifact) -> list[InputSource]:
@@ -79,17 +83,19 @@ def reference_inputs(artifact: Artifact) -> list[InputSource]:
     ]
 
 
-def image_inputs(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing) -> list[InputSource]:
+def image_inputs(
+    paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing, dtype: InputDtype = "float32"
+) -> list[InputSource]:
     """Image files, and those below folders in order of name, as the artifact preprocesses them.
 
     Raises InputError for a path that does not exist and for a folder without images.
     """
     files = [file for path in paths for file in _image_files(Path(path))]
-    return [_image_input(file, preprocessing) for file in dict.fromkeys(files)]
+    return [_image_input(file, preprocessing, dtype) for file in dict.fromkeys(files)]
 
 
 def array_inputs(file: str | os.PathLike[str], spec: TensorSpec) -> list[InputSource]:
-    """The images of an array float32 [N, 3, H, W] in a .npy file, or under the input's name in .npz or .safetensors.
+    """The images of an array of `pixel_values` in a .npy file, or under the input's name in .npz or .safetensors.
 
     Raises InputError when the file cannot be read or holds another shape or type.
     """
@@ -104,11 +110,11 @@ def array_inputs(file: str | os.PathLike[str], spec: TensorSpec) -> list[InputSo
             got=error,
         ) from error
     shape = spec.of_batch(1)[1:]
-    if array.dtype != np.float32 or array.shape[1:] != shape or not len(array):
+    if array.dtype != spec.dtype or array.shape[1:] != shape or not len(array):
         raise InputError(
             "the array is no input of this encoder",
             where=path,
-            expected=f"float32 [N, {', '.join(map(str, shape))}] with N of 1 or more",
+            expected=f"{spec.dtype} [N, {', '.join(map(str, shape))}] with N of 1 or more",
             got=f"{array.dtype} {list(array.shape)}",
         )
     return [
@@ -124,7 +130,7 @@ class Inputs:
         self.records: list[InputRecord] = []
         self.skipped: list[SkippedInput] = []
         self._sources: list[InputSource] = []
-        self._kept: dict[int, Array] = {}
+        self._kept: dict[int, Images] = {}
         room, pictures = KEPT_NBYTES, 0
         advance = (watch or Silent()).count(len(sources), "images")
         for source in sources:
@@ -157,19 +163,19 @@ class Inputs:
     def __len__(self) -> int:
         return len(self._sources)
 
-    def rows(self, start: int, stop: int) -> Array:
-        """`pixel_values` float32 [stop - start, 3, H, W] of these images."""
+    def rows(self, start: int, stop: int) -> Images:
+        """`pixel_values` of these images."""
         return np.stack([self._image(index) for index in range(start, stop)])
 
-    def _image(self, index: int) -> Array:
+    def _image(self, index: int) -> Images:
         return self._kept[index] if index in self._kept else self._sources[index].read()
 
 
-def _image_input(file: Path, preprocessing: Preprocessing) -> InputSource:
+def _image_input(file: Path, preprocessing: Preprocessing, dtype: InputDtype) -> InputSource:
     return InputSource(
         str(file),
         "image",
-        lambda: read_images([file], preprocessing)[0],
+        lambda: read_images([file], preprocessing, dtype)[0],
         lambda pixel_values: make_thumbnails(file, pixel_values, preprocessing),
     )
 
@@ -191,7 +197,7 @@ def _image_files(path: Path) -> Iterator[Path]:
     yield from found
 
 
-def _read_array(path: Path, name: str) -> Array:
+def _read_array(path: Path, name: str) -> Images:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.numpy import load_file

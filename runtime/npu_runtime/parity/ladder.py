@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from npu_runtime.artifact.schema import Manifest, Precision
-from npu_runtime.artifact.store import Array, Artifact
+from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import SessionReport
 from npu_runtime.backends.table import EAGER, FORMATS, backend_names
 from npu_runtime.devices import CPU, parse_device
@@ -75,7 +75,7 @@ class WorstInput:
     """The image that is farthest off in a step, with its outputs."""
 
     name: str
-    pixel_values: Array
+    pixel_values: Images
     actual: Outputs
     expected: Outputs
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from npu_runtime.artifact.store import Array, ProbeRecord
+from npu_runtime.artifact.store import Array, Images, ProbeRecord
 from npu_runtime.backends.probed import ProbedProgram, Value, rows_of
 from npu_runtime.parity.sketch import relative_errors, sketch_rows
 from npu_runtime.steps import Silent, Steps
@@ -38,7 +38,7 @@ def measure_places(
     program: ProbedProgram,
     places: Sequence[str],
     records: Sequence[ProbeRecord],
-    inputs: Array,
+    inputs: Images,
     batch: int,
     at_once: int,
     watch: Steps | None = None,
@@ -63,7 +63,7 @@ def compare_rows(value: Value, record: ProbeRecord, images: Sequence[int], batch
 
 
 def _measure(
-    program: ProbedProgram, places: Sequence[str], records: Sequence[ProbeRecord], inputs: Array, batch: int
+    program: ProbedProgram, places: Sequence[str], records: Sequence[ProbeRecord], inputs: Images, batch: int
 ) -> PlacesMeasured:
     errors: list[list[npt.NDArray[np.float64]]] = [[] for _ in places]
     nonfinite = [0] * len(places)

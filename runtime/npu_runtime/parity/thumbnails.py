@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from npu_runtime.artifact.schema import Preprocessing
-from npu_runtime.artifact.store import Array
+from npu_runtime.artifact.store import Images
 from npu_runtime.decode import read_upright
 from npu_runtime.preprocess import denormalise
 
@@ -35,8 +35,8 @@ class Thumbnails:
     height: int
 
 
-def make_thumbnails(path: str | os.PathLike[str], pixel_values: Array, preprocessing: Preprocessing) -> Thumbnails:
-    """Thumbnails of an image file and of its `pixel_values` [3, H, W]; raises InputError where it cannot be read."""
+def make_thumbnails(path: str | os.PathLike[str], pixel_values: Images, preprocessing: Preprocessing) -> Thumbnails:
+    """Thumbnails of an image file and of its `pixel_values`; raises InputError where it cannot be read."""
     from PIL import Image
 
     published = read_upright(path)

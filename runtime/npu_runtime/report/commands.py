@@ -29,6 +29,7 @@ def export_command(manifest: Manifest, output: str) -> str:
     if opsets:
         parts += ["--opset", str(max(opsets))]
     parts += ["--image-size", str(manifest.preprocessing.size[0])]
+    parts += ["--input", manifest.inputs[0].dtype] if manifest.inputs[0].dtype != "float32" else []
     publisher = manifest.preprocessing.publisher
     parts += ["--preprocess", publisher] if publisher is not None else []
     parts += ["--probes"] if manifest.probes is not None else []

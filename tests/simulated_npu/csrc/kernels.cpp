@@ -1,5 +1,6 @@
 // Tensors of the device, the kernels that it has, and what becomes of operators without one.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -451,6 +452,8 @@ void kernel(const OperatorHandle& op, Stack* stack) {
   }
 }
 
+std::atomic<int64_t> nbytes_copied_in{0};  // from the host, to any device
+
 Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   if (self.device() == source.device()) {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "");
@@ -460,6 +463,9 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   }
   initialise();
   forbid_in_capture("a copy between " + self.device().str() + " and " + source.device().str());
+  if (source.device().is_cpu()) {
+    nbytes_copied_in += static_cast<int64_t>(source.nbytes());
+  }
   at::AutoDispatchBelowADInplaceOrView guard;
   HostViews views;
   views.of(self).copy_(views.of(source));
@@ -554,6 +560,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
 }
 
 TORCH_LIBRARY_FRAGMENT(simulated_npu, m) {
+  m.def("nbytes_copied_in", [] { return nbytes_copied_in.load(); });
   m.def("manual_seed", [](int64_t device, int64_t seed) {
     generator_of(static_cast<c10::DeviceIndex>(device)).set_current_seed(static_cast<uint64_t>(seed));
   });

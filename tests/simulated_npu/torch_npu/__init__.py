@@ -19,6 +19,8 @@ SIMULATED_NPU_LOG=FILE             events, a line each in their order, are added
                                    `replay`, `fallback aten::lgamma.out` (at each), `empty_cache`
 SIMULATED_NPU_LIBRARY=FILE         the library to load instead of the one beside this file
 
+`torch.ops.simulated_npu.nbytes_copied_in()` counts the bytes that came from the host.
+
 Memory that nothing was written to holds NaN, and a tensor of float64 becomes one of float32 with a warning.
 """
 
