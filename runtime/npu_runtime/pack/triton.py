@@ -25,6 +25,7 @@ from npu_runtime.artifact.staging import Kind
 from npu_runtime.artifact.store import Artifact, record_file
 from npu_runtime.devices import Device
 from npu_runtime.errors import ArtifactError, UsageError
+from npu_runtime.pack.forward import ForwardSaver
 from npu_runtime.steps import BYTES, Silent, Steps
 
 INDEX_NAME = "pack.json"
@@ -84,6 +85,7 @@ def write_repository(artifact: Artifact, models: Sequence[Model], folder: Path, 
     again and torch is not installed, and ProgramError where what was saved computes something else.
     """
     watch = watch or Silent()
+    saver = ForwardSaver(artifact)
     for model in models:
         version = folder / model.name / VERSION
         version.mkdir(parents=True)
@@ -91,9 +93,7 @@ def write_repository(artifact: Artifact, models: Sequence[Model], folder: Path, 
         (folder / model.name / MANIFEST_NAME).write_bytes(artifact.manifest_bytes())
         with watch.step(f"write {model.name}"):
             if model.backend == "pytorch":
-                from npu_runtime.pack.forward import save_as_forward
-
-                save_as_forward(artifact, model.program, version / model.file)
+                saver.save(model.program, version / model.file)
             else:
                 _copy_graph(artifact, model, version, watch)
 
