@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -144,6 +145,53 @@ def test_two_workers_of_ray_give_the_rows_names_and_bad_images_of_one_process(
     assert reasons == [json.loads(line)["reason"] for line in bad.splitlines()]
     for part in parts:
         assert pq.read_schema(part).metadata[b"artifact_digest"].decode() == open_artifact(tiny_artifact).digest
+
+
+def test_workers_of_a_ray_that_runs_compute_on_its_npus(
+    ray_environment: dict[str, str],
+    simulated_npu: Callable[..., dict[str, str]],
+    tiny_artifact: Path,
+    images: list[str],
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "npu.log"
+    npus = {"PYTHONPATH": simulated_npu()["PYTHONPATH"], "SIMULATED_NPU_LOG": str(log)}
+    environment = {**ray_environment, **npus}
+    folder, port = environment["RAY_TMPDIR"], str(_free_port())
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    start += [f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false", "--object-store-memory=100000000"]
+    start += ["--num-cpus=2", '--resources={"NPU": 2}']
+    with (tmp_path / "ray.log").open("w") as said:
+        head = subprocess.Popen(start, env=environment, stdout=said, stderr=said)
+    try:
+        _wait_until(lambda: "Ray runtime started" in (tmp_path / "ray.log").read_text(), 120)
+        output, options = tmp_path / "f.parquet", ("--address", f"127.0.0.1:{port}", "--device", "npu")
+        run = embed_on_ray(environment, tiny_artifact, Path(images[0]).parent, "--output", output, *options)
+    finally:
+        head.terminate()
+        head.wait(60)
+    assert run.returncode == 0, run.stderr
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(output).sort_by("index").to_pylist()
+    assert [row["id"] for row in rows] == images
+    assert log.read_text().splitlines().count("init") == 2  # of a device, in each of two processes
+    with npu_runtime.load(tiny_artifact, backend="torchscript") as encoder:
+        np.testing.assert_allclose([row["embedding"] for row in rows], encoder.embed(images), atol=1e-5)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _wait_until(done: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("wrong", ["artifact", "output", "images"])

@@ -95,8 +95,13 @@ def main() -> None:
     if not items:
         sys.exit("there are no images")
 
-    own = {"num_cpus": options.workers * options.cpus, "include_dashboard": False, "object_store_memory": STORE_NBYTES}
-    ray.init(options.address, **({} if options.address else own))
+    own = {
+        "num_cpus": options.workers * options.cpus,
+        "include_dashboard": False,
+        "object_store_memory": STORE_NBYTES,
+        "_node_ip_address": "127.0.0.1",  # else it listens on the network
+    }
+    ray.init(options.address or "local", **({} if options.address else own))
     try:
         parts = max(options.workers, -(-len(items) // PART))
         dataset = ray.data.from_items(items, override_num_blocks=min(parts, len(items)))
