@@ -219,7 +219,8 @@ def _recorder(plan: ExportPlan, network: nn.Module) -> AbstractContextManager[Bo
 
 def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:
     from npu_export.lint import lint_torchscript
-    from npu_export.torchscript import empty_constants, entry_point, trace_frozen, write_torchscript
+    from npu_export.torchscript import empty_constants, entry_point, trace_frozen
+    from npu_runtime.torch_interop import write_torchscript
 
     batches = plan.request.batches
     with steps.step(f"freeze torchscript, batch {', '.join(map(str, batches))}"):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +12,7 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from npu_runtime.artifact.schema import TensorSpec
-from npu_runtime.errors import Error, first_line
 from npu_runtime.torch_interop import without_jit_deprecation
-
-OVERHEAD_NBYTES = 8 << 20
-"""More than code, debug records and padding take beside the weights."""
 
 
 def entry_point(batch: int) -> str:
@@ -44,36 +37,6 @@ def trace_frozen(module: nn.Module, pixel_values: TensorSpec, batches: Sequence[
         )
     _forget_source_lines(frozen, [entry_point(b) for b in batches])
     return frozen
-
-
-def write_torchscript(program: torch.jit.ScriptModule, path: Path, weights_nbytes: int) -> None:
-    """Save the program so that plain `torch.jit.load` opens it.
-
-    Raises OSError where the disk has no room for it, and Error where torch could not write it.
-    """
-    _require_room(path, weights_nbytes + OVERHEAD_NBYTES)
-    try:
-        with _known_warnings():
-            torch.jit.save(program, str(path))
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        raise Error("the TorchScript file could not be written", where=path, got=first_line(error)) from error
-
-
-def _require_room(path: Path, nbytes: int) -> None:
-    """Raise OSError where the system does not grant a file of this size; leave an empty one.
-
-    torch's own writer does not raise on a full disk: its destructor throws, which ends the process
-    (PyTorchStreamWriter in caffe2/serialize/inline_container.cc). Needless when it raises.
-    """
-    with path.open("wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-        file.truncate(0)
 
 
 def empty_constants(program: torch.jit.ScriptModule, entry_points: Sequence[str]) -> None:

@@ -76,6 +76,11 @@ class BadImage:
     """Its path, or `image N`."""
     error: InputError
 
+    @property
+    def reason(self) -> str:
+        """Why, on a line of a list of bad images."""
+        return self.error.what if self.error.got is None else f"{self.error.what}: {self.error.got}"
+
 
 class ArtifactError(Error):
     """The artifact on disk is missing something, changed, or newer than this reader."""

@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from npu_runtime.artifact.staging import require_room
+from npu_runtime.errors import Error, first_line
+
 if TYPE_CHECKING:
     import torch
+
+OVERHEAD_NBYTES = 8 << 20
+"""More than code, debug records and padding of a TorchScript file take beside the weights."""
 
 Array = npt.NDArray[np.float32]
 
@@ -44,6 +51,25 @@ def set_threads(threads: int | None, cores: int) -> None:
         torch.set_num_threads(threads)
     elif torch.get_num_threads() > cores:
         torch.set_num_threads(cores)
+
+
+def write_torchscript(program: torch.jit.ScriptModule, path: Path, weights_nbytes: int) -> None:
+    """Save the program so that plain `torch.jit.load` opens it.
+
+    Raises OSError where the disk has no room for it, and Error where torch could not write it.
+    """
+    import torch
+
+    # torch's own writer does not raise on a full disk: its destructor throws, which ends the process
+    # (PyTorchStreamWriter in caffe2/serialize/inline_container.cc). Needless when it raises.
+    require_room(path, weights_nbytes + OVERHEAD_NBYTES)
+    try:
+        with without_jit_deprecation():
+            torch.jit.save(program, str(path))
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise Error("the TorchScript file could not be written", where=path, got=first_line(error)) from error
 
 
 @contextlib.contextmanager

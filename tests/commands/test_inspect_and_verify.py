@@ -278,7 +278,7 @@ def test_an_error_of_the_system_is_one_clear_message(
     call: Callable[..., Any], tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    def refused(path: Path, _: object) -> str:
+    def refused(path: Path, *_: object) -> str:
         with open(path / "below a file"):
             raise AssertionError
 

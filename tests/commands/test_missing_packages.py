@@ -152,6 +152,20 @@ def test_embed_works_without_torch(moved_artifact: Path, photographs: Path, tmp_
     assert json.loads(without_pillow.stdout)["error"]["next"] == "pip install pillow"
 
 
+def test_graphs_are_packed_without_torch_and_onnxruntime_and_torchscript_asks_for_torch(
+    moved_artifact: Path, tmp_path: Path
+) -> None:
+    blocked = (*EXPORTER_PACKAGES, "torch", "onnxruntime", "onnx", "tritonclient", "google")
+    arguments = ("npu-runtime", "pack", moved_artifact, "--for", "triton", "--output", tmp_path / "models", "--json")
+    refused = run_blocked(blocked, *arguments)
+    assert refused.returncode == 4
+    assert "pip install 'npu-export[torch]'" in json.loads(refused.stdout)["error"]["next"]
+    assert list(tmp_path.iterdir()) == []
+    run = run_blocked(blocked, *arguments, "--backend", "onnxruntime")
+    assert run.returncode == 0, run.stderr
+    assert {model["backend"] for model in json.loads(run.stdout)["models"]} == {"onnxruntime"}
+
+
 def test_without_the_exporters_packages_bench_lists_eager_as_not_run(moved_artifact: Path) -> None:
     arguments = ("npu-runtime", "bench", moved_artifact, "--iterations", "1", "--warmup", "1")
     tiny_is_known = "import tiny; tiny.register()"

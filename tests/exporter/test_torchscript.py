@@ -14,11 +14,11 @@ from torch import nn
 import npu_export
 from npu_export.network import load_network, plan_weights
 from npu_export.precision import in_precision
-from npu_export.torchscript import empty_constants, entry_point, nodes_of, trace_frozen, write_torchscript
+from npu_export.torchscript import empty_constants, entry_point, nodes_of, trace_frozen
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import Precision
 from npu_runtime.errors import Error
-from npu_runtime.torch_interop import without_jit_deprecation
+from npu_runtime.torch_interop import without_jit_deprecation, write_torchscript
 
 BATCHES = (2, 1, 4)
 WEIGHTS_NBYTES = 4 * tiny.TINY.published.parameters

@@ -119,7 +119,7 @@ def test_each_file_is_hashed_once_for_each_opened_artifact(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    monkeypatch.setattr(store, "sha256_file", lambda path, _: hashed.append(path.name) or sha256_file(path))
+    monkeypatch.setattr(store, "sha256_file", lambda path, *_: hashed.append(path.name) or sha256_file(path))
     artifact = open_artifact(tiny_artifact)
     assert hashed == []
     artifact.checked_path("model.ts")
@@ -135,7 +135,7 @@ def test_a_recorded_file_is_hashed_again_only_when_it_was_written_since_or_is_no
 ) -> None:
     recorded = [record_file(artifact_copy, name) for name in FILES]
     hashed: list[str] = []
-    monkeypatch.setattr(store, "sha256_file", lambda path, _: hashed.append(path.name) or sha256_file(path))
+    monkeypatch.setattr(store, "sha256_file", lambda path, *_: hashed.append(path.name) or sha256_file(path))
     open_artifact(artifact_copy, recorded).check_files()
     assert hashed == []
 

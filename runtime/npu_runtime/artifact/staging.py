@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from npu_runtime.artifact.schema import MANIFEST_NAME
@@ -29,10 +30,24 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No room, no quota, or a file larger than this process may write."""
 
 
-def check_output(final: Path, *, force: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a folder is; one is replaced only by its own kind."""
+
+    name: str
+    index: str
+    """A file of JSON that lists all others under `files`, each with its path as `file`."""
+    keys: frozenset[str]
+    """What the index has beside."""
+
+
+ARTIFACT = Kind("an artifact", MANIFEST_NAME, frozenset({"schema", "encoder", "programs"}))
+
+
+def check_output(final: Path, *, force: bool, kind: Kind = ARTIFACT) -> None:
     """Refuse an output that must not be replaced.
 
-    Raises UsageError when `final` exists without `force`, and, with it, when it is no artifact.
+    Raises UsageError when `final` exists without `force`, and, with it, when it is none of its kind.
     """
     if not os.path.lexists(final):
         return
@@ -41,22 +56,22 @@ def check_output(final: Path, *, force: bool) -> None:
             "the output exists",
             where=final,
             expected="a folder that does not exist yet",
-            hint="pass --output with another folder, or --force to replace this artifact",
+            hint=f"pass --output with another folder, or --force to replace {kind.name}",
         )
     replaceable = final.is_dir() and not final.is_symlink()
-    foreign = _foreign_files(final) if replaceable else [final.name]
+    foreign = _foreign_files(final, kind) if replaceable else [final.name]
     if foreign:
         raise UsageError(
-            "the output exists and is not just an artifact, so --force does not replace it",
+            f"the output exists and is not just {kind.name}, so --force does not replace it",
             where=final,
-            expected=f"an empty folder, or {MANIFEST_NAME} and the files that it lists",
+            expected=f"an empty folder, or {kind.index} and the files that it lists",
             got=", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else ""),
             hint="pass --output with another folder",
         )
 
 
 @contextlib.contextmanager
-def stage(final: Path, *, force: bool = False, watch: Steps | None = None) -> Iterator[Path]:
+def stage(final: Path, *, force: bool = False, watch: Steps | None = None, kind: Kind = ARTIFACT) -> Iterator[Path]:
     """A new folder that becomes `final` when the block ends, and is removed when it raises.
 
     `watch` is told when its files are brought to the disk. Raises Error where the folder cannot be made and where
@@ -68,7 +83,7 @@ def stage(final: Path, *, force: bool = False, watch: Steps | None = None) -> It
         final.parent.mkdir(parents=True, exist_ok=True)
         with _locked(final.parent, wait=True):
             clean_leftovers(final)
-            check_output(final, force=force)
+            check_output(final, force=force, kind=kind)
             partial = _sibling(final, PARTIAL)
             partial.mkdir()
             lock.enter_context(_locked(partial, wait=False))
@@ -82,7 +97,7 @@ def stage(final: Path, *, force: bool = False, watch: Steps | None = None) -> It
                 yield partial
                 with (watch or Silent()).step("bring the files to the disk"):
                     _sync(partial)
-                    _put_in_place(partial, final, force)
+                    _put_in_place(partial, final, force, kind)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -102,6 +117,20 @@ def explain_full_disk(output: Path) -> Iterator[None]:
             got=error,
             hint="free some room or raise the quota, or pass --output on another disk",
         ) from error
+
+
+def require_room(path: Path, nbytes: int) -> None:
+    """Raise OSError where the system does not grant a file of this size; leave an empty one.
+
+    For writers that do not raise on a full disk, such as torch's.
+    """
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        file.truncate(0)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -142,9 +171,9 @@ def clean_leftovers(final: Path) -> None:
             continue  # a living process holds it, or has just removed it
 
 
-def _put_in_place(partial: Path, final: Path, force: bool) -> None:
+def _put_in_place(partial: Path, final: Path, force: bool, kind: Kind) -> None:
     with _locked(final.parent, wait=True):
-        check_output(final, force=force)
+        check_output(final, force=force, kind=kind)
         replaced = _sibling(final, REPLACED) if final.exists() else None
         try:
             if replaced is not None:
@@ -159,16 +188,16 @@ def _put_in_place(partial: Path, final: Path, force: bool) -> None:
             shutil.rmtree(replaced)
 
 
-def _foreign_files(folder: Path) -> list[str]:
-    """Files in a folder that are not an artifact's, of whatever version; all where it holds none.
+def _foreign_files(folder: Path, kind: Kind) -> list[str]:
+    """Files in a folder that are not those of its kind, of whatever version; all where it is none.
 
     Web pages and browser extensions have a manifest.json too.
     """
     present = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     try:
-        document = json.loads((folder / MANIFEST_NAME).read_bytes())
-        listed = {MANIFEST_NAME, *(record["file"] for record in document["files"])}
-        if not document.keys() >= {"schema", "encoder", "programs"}:
+        document = json.loads((folder / kind.index).read_bytes())
+        listed = {kind.index, *(record["file"] for record in document["files"])}
+        if not document.keys() >= kind.keys:
             return present
     except (OSError, ValueError, KeyError, TypeError):
         return present

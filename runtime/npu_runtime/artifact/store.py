@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,24 @@ class Artifact:
         else:
             advance(record.nbytes)
         return path
+
+    def manifest_bytes(self) -> bytes:
+        """manifest.json as it is in the folder. Raises ArtifactError when it is not what was opened."""
+        data = (self.path / MANIFEST_NAME).read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise ArtifactError("the manifest has changed", where=self.path / MANIFEST_NAME, hint="start again")
+        return data
+
+    def copy_file(self, name: str, target: Path, advance: Advance = unwatched) -> FileRecord:
+        """Write the bytes of a listed file to a new one, after they were found as the manifest says on the way.
+
+        A copy and no hard link: what is done to one of them later does not reach the other, and onnx refuses external
+        data that has several links. Raises ArtifactError as `checked_path` does; `target` is half written then.
+        """
+        record = next(record for record in self.manifest.files if record.file == name)
+        with target.open("xb") as copy:
+            _check_file(self.path, self.path / name, record, advance, copy)
+        return record
 
     def check_files(self, names: Iterable[str] | None = None, watch: Steps | None = None) -> None:
         """Check some files, or all of them; raises ArtifactError at the first that differs."""
@@ -158,13 +176,15 @@ def open_artifact(path: str | os.PathLike[str], recorded: Iterable[RecordedFile]
     return Artifact(folder, manifest, hashlib.sha256(data).hexdigest(), checked)
 
 
-def sha256_file(path: Path, advance: Advance = unwatched) -> str:
-    """sha256 of a file's bytes, in hexadecimal; memory stays bounded."""
+def sha256_file(path: Path, advance: Advance = unwatched, copy: BinaryIO | None = None) -> str:
+    """sha256 of a file's bytes, in hexadecimal, which are written to `copy` too; memory stays bounded."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+            if copy is not None:
+                copy.write(buffer[:count])
             advance(count)
     return digest.hexdigest()
 
@@ -185,7 +205,7 @@ def _stamp(path: Path) -> Stamp | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _check_file(folder: Path, path: Path, record: FileRecord, advance: Advance) -> None:
+def _check_file(folder: Path, path: Path, record: FileRecord, advance: Advance, copy: BinaryIO | None = None) -> None:
     hint = "copy the artifact again, or export it again"
     if not path.is_file():
         raise ArtifactError("the artifact lacks a file", where=path, expected=f"{record.nbytes} bytes", hint=hint)
@@ -206,7 +226,7 @@ def _check_file(folder: Path, path: Path, record: FileRecord, advance: Advance) 
             got=f"{nbytes} bytes",
             hint=hint,
         )
-    sha256 = sha256_file(path, advance)
+    sha256 = sha256_file(path, advance, copy)
     if sha256 != record.sha256:
         raise ArtifactError(
             "a file of the artifact has changed",

@@ -39,25 +39,36 @@ def open_entry_points(folder: Path, programs: Sequence[Program], device: Device)
 
     Raises ArtifactError where torch does not open a file, or the file lacks an entry point.
     """
-    import torch
-
     modules: dict[str, torch.jit.ScriptModule] = {}
     methods: dict[int, Any] = {}
     for program in programs:
         path = folder / program.file
         if program.file not in modules:
-            try:
-                with without_jit_deprecation():
-                    modules[program.file] = torch.jit.load(str(path), map_location=str(device))
-            except RuntimeError as error:
-                raise unreadable_program(path, error, "torch") from error
-        method = getattr(modules[program.file], str(program.entry_point), None)
-        if method is None:
-            raise ArtifactError(
-                "the TorchScript file lacks an entry point that the manifest names",
-                where=path,
-                expected=program.entry_point,
-                hint="export the artifact again",
-            )
-        methods[program.batch] = method
+            modules[program.file] = open_file(path, device)
+        methods[program.batch] = find_entry_point(modules[program.file], program, path)
     return methods
+
+
+def open_file(path: Path, device: Device) -> torch.jit.ScriptModule:
+    """What a TorchScript file holds, on a device. Raises ArtifactError where torch does not open it."""
+    import torch
+
+    try:
+        with without_jit_deprecation():
+            module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=str(device))
+    except RuntimeError as error:
+        raise unreadable_program(path, error, "torch") from error
+    return module
+
+
+def find_entry_point(module: torch.jit.ScriptModule, program: Program, path: Path) -> Any:
+    """The method of a program. Raises ArtifactError where the file lacks it."""
+    method = getattr(module, str(program.entry_point), None)
+    if method is None:
+        raise ArtifactError(
+            "the TorchScript file lacks an entry point that the manifest names",
+            where=path,
+            expected=program.entry_point,
+            hint="export the artifact again",
+        )
+    return method

@@ -14,7 +14,7 @@ import numpy as np
 from npu_runtime.bulk.partial import Partial
 from npu_runtime.bulk.sources import Found, Reader
 from npu_runtime.encoder import Encoder
-from npu_runtime.errors import BadImage, InputError
+from npu_runtime.errors import BadImage
 from npu_runtime.steps import Advance, unwatched
 from npu_runtime.stream import Source
 
@@ -88,14 +88,10 @@ def embed_list(
                     elif strict:
                         raise row.error
                     else:
-                        bad.append((name, _reason(row.error)))
+                        bad.append((name, row.reason))
                 data = np.stack([row for _, row in good]).tobytes() if good else b""
                 partial.append(data, [name for name, _ in good], bad)
                 advance(len(rows))
     journal = partial.journal
     partial.finish()
     return Counts(journal.done, journal.rows, journal.bad, before.done)
-
-
-def _reason(error: InputError) -> str:
-    return error.what if error.got is None else f"{error.what}: {error.got}"

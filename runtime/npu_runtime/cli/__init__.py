@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "Latency of eager and exported, side by side.",
     "report": "Records as one HTML page and Markdown, in English or Chinese.",
     "embed": "Features of image files.",
+    "pack": "An artifact as a Triton model repository.",
     "doctor": "What this machine can run, and what to do about the rest.",
 }
 """Subcommand -> its line in the help; `npu_runtime.cli.NAME` defines it."""

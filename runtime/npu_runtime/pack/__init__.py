@@ -1,0 +1,1 @@
+"""An artifact in the form that another program serves it from."""
