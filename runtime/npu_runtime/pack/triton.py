@@ -60,6 +60,8 @@ def plan_models(artifact: Artifact, formats: Iterable[str], device: Device) -> l
         raise UsageError("Triton's backends run on no NPU", expected="cpu or cuda:N", got=device)
     if not re.fullmatch(r"[\w.-]+", manifest.encoder, re.ASCII):
         raise ArtifactError("the encoder's name is none for a folder", where=artifact.path, got=repr(manifest.encoder))
+    dtype = manifest.inputs[0].dtype
+    of = f"{manifest.encoder}-{manifest.precision}{'' if dtype == 'float32' else f'-{dtype}'}"
     models = []
     for format in formats:
         programs = manifest.programs_for(format)
@@ -72,7 +74,7 @@ def plan_models(artifact: Artifact, formats: Iterable[str], device: Device) -> l
             )
         backend, file = BACKENDS[format]
         for program in programs:
-            name = f"{manifest.encoder}-{manifest.precision}-{backend}-b{program.batch}"
+            name = f"{of}-{backend}-b{program.batch}"
             config = _configure(artifact, name, backend, file, program.batch, device)
             models.append(Model(name, backend, file, program, config))
     return models
