@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 from safetensors.numpy import load_file
 
+import npu_runtime
 from npu_export.pipeline import export
+from npu_runtime.torch_interop import without_jit_deprecation
 
 Call = Callable[..., Any]
 SPEC = {"name": "pixel_values", "dtype": "uint8", "shape": ["B", 32, 32, 3], "groups": []}
@@ -94,6 +98,24 @@ def test_embed_gives_the_features_of_the_artifact_of_floats(
     rows = np.load(tmp_path / "u8.npy")
     np.testing.assert_allclose(rows, np.load(tmp_path / "f32.npy"), atol=1e-5, rtol=0)
     assert np.abs(rows[0] - rows[1]).max() > 1e-3
+
+
+def test_a_pack_for_triton_takes_bytes(call: Call, artifact: Path, tmp_path: Path) -> None:
+    assert call("npu-runtime", "pack", artifact, "--for", "triton", "--output", tmp_path / "models").code == 0
+    models = {backend: tmp_path / f"models/tiny-vit-fp32-uint8-{backend}-b1" for backend in ("onnxruntime", "pytorch")}
+    for folder in models.values():
+        described = 'input [ { name: "pixel_values" data_type: TYPE_UINT8 dims: [ 1, 32, 32, 3 ] } ]'
+        assert described in (folder / "config.pbtxt").read_text("ascii")
+    pixels = np.random.default_rng(0).integers(256, size=(1, 32, 32, 3), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(models["onnxruntime"] / "1/model.onnx")
+    with without_jit_deprecation(), torch.inference_mode():
+        by_torch = torch.jit.load(models["pytorch"] / "1/model.pt").forward(torch.from_numpy(pixels))[0].numpy()
+    for backend, row in (
+        ("onnxruntime", session.run(["embedding"], {"pixel_values": pixels})[0]),
+        ("torchscript", by_torch),
+    ):
+        with npu_runtime.load(artifact, backend=backend) as encoder:
+            np.testing.assert_array_equal(row, encoder(pixels))
 
 
 def test_a_report_tells_of_the_input_and_how_to_export_it_again(

@@ -47,9 +47,8 @@ class ForwardSaver:
         entry_point = find_entry_point(whole, program, path)
         name, method = self._artifact.manifest.inputs[0].name, program.entry_point
         holder = torch.nn.Module()
-        holder.add_module(
-            f"holds_{method}", whole
-        )  # by a name of its own: alike modules share a class, and its forward
+        # By a name of its own: alike modules share a class, and its forward.
+        holder.add_module(f"holds_{method}", whole)
         with without_jit_deprecation():
             scripted = torch.jit.script(holder.eval())
             scripted.define(f"def forward(self, {name}):\n    return self.holds_{method}.{method}({name})\n")
