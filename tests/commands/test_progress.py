@@ -260,6 +260,7 @@ def test_every_command_takes_quiet_and_says_its_result_alone(
     arguments: dict[str, tuple[str | Path, ...]] = {
         "show": (parity_record,),
         "bench": (tiny_artifact, "--iterations", "2", "--warmup", "1", "--cold", "--backend", "onnx"),
+        "pack": (tiny_artifact, "--for", "triton", "--output", tmp_path / "models"),
         "embed": (tiny_artifact, photographs / "coffee.jpg", "--output", tmp_path / "f.npy"),
         "report": (parity_record, "--output", tmp_path / "report.html"),
         "doctor": (),
@@ -267,7 +268,7 @@ def test_every_command_takes_quiet_and_says_its_result_alone(
     for name in COMMANDS:
         loud, quiet = (
             call("npu-runtime", name, *arguments.get(name, (tiny_artifact,)), *more, *force)
-            for more, force in (((), ()), (("--quiet",), ("--force",) if name in ("embed", "report") else ()))
+            for more, force in (((), ()), (("--quiet",), ("--force",) if name in ("embed", "pack", "report") else ()))
         )
         assert (quiet.code, quiet.err) == (0, ""), name
         assert len(quiet.out.splitlines()) >= len(loud.out.splitlines()) - 1, name
