@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.bench.record_files import decode_record, read_record
+from npu_runtime.cli.bench_tables import print_bench
 from npu_runtime.devices import cpu_count
 from npu_runtime.encoder import Encoder
 
@@ -306,6 +308,14 @@ def test_each_backend_is_loaded_by_each_number_of_callers(
         assert load["callers"] * load["seconds"] * 1000 >= 0.2 * sum(load["samples_ms"])
     assert samples.read_text("utf-8") == "backend,batch,round,latency_ms\n"
     assert document["file_nbytes"].keys() == {"onnxruntime", "torchscript"}
+
+
+def test_a_slow_encoder_does_not_make_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+    record = read_record(Path(__file__).parents[1] / "data" / "records" / "bench-1.0.json")
+    row = record.rows[0]
+    slow = dataclasses.replace(row, latency=dataclasses.replace(row.latency, images_per_second=0.0277))
+    print_bench(dataclasses.replace(record, rows=(slow,)))
+    assert " 0.03 " in capsys.readouterr().out
 
 
 def test_the_table_of_a_load_follows_the_table_of_the_rounds(call: Callable[..., Any], tiny_artifact: Path) -> None:

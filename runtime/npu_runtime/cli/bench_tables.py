@@ -7,6 +7,7 @@ from npu_runtime.bench.cold import STEADY_CALLS
 from npu_runtime.bench.records import BenchRecord
 from npu_runtime.bench.statistics import NOISY, Comparison
 from npu_runtime.cli.console import print_conditions, print_line, print_table, spell_nbytes
+from npu_runtime.cli.progress import spell_number
 
 
 def print_bench(record: BenchRecord) -> None:
@@ -46,7 +47,7 @@ def _print_rows(record: BenchRecord) -> None:
                 _or_dash(row.latency.p99_ms),
                 _or_dash(row.latency.minimum_ms),
                 _or_dash(row.latency.maximum_ms),
-                f"{row.latency.images_per_second:.1f}",
+                spell_number(row.latency.images_per_second),
                 _spell_comparison(row.over_eager),
             )
             for row in record.rows
@@ -97,7 +98,7 @@ def _print_throughput(record: BenchRecord) -> None:
                 str(load.batch),
                 str(load.callers),
                 str(load.calls),
-                f"{load.images_per_second:.1f}",
+                spell_number(load.images_per_second),
                 _or_dash(load.latency.p50_ms),
                 _or_dash(load.latency.p90_ms),
                 _or_dash(load.latency.p95_ms),
@@ -157,8 +158,8 @@ def print_against(against: Against) -> None:
                     load.backend,
                     str(load.batch),
                     str(load.callers),
-                    f"{load.old_images_per_second:.1f}",
-                    f"{load.new_images_per_second:.1f}",
+                    spell_number(load.old_images_per_second),
+                    spell_number(load.new_images_per_second),
                     _or_dash(load.old_p50_ms),
                     _or_dash(load.new_p50_ms),
                 )
