@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -436,7 +437,7 @@ def test_show_prints_what_bench_printed_and_compares_as_it_does(
     against = call("npu-runtime", "bench", tiny_artifact, *arguments, "--record", other, "--against", one)
     shown = call("npu-runtime", "show", one)
     assert (shown.code, shown.out.splitlines()[1:]) == (0, printed.out.splitlines())
-    assert shown.out.startswith("made on   ")
+    assert re.match(r"made on   .*, device cpu, python [\d.]+, .*numpy [\d.]+$", shown.out.splitlines()[0])
     compared = call("npu-runtime", "show", other, "--against", one)
     assert (compared.code, compared.out.splitlines()[1:]) == (0, against.out.splitlines())
     assert "under load, against " in compared.out

@@ -80,4 +80,6 @@ def _kind(record: ParityRecord | BenchRecord) -> str:
 
 
 def _print_machine(environment: Mapping[str, object], device: str) -> None:
-    print_line(f"made on   {environment.get('processor')}, device {device}; {environment.get('versions')}")
+    versions = environment.get("versions")
+    told = (f"{name} {version}" for name, version in versions.items()) if isinstance(versions, Mapping) else ()
+    print_line(f"made on   {', '.join((str(environment.get('processor')), f'device {device}', *told))}")
