@@ -263,31 +263,6 @@ def slow_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_of_two_thousand_files_each_good_one_is_there_once_and_the_counts_add_up(
-    suffix: str, call: Callable[..., Any], tiny_artifact: Path, folder: Path
-) -> None:
-    if suffix == ".parquet":
-        pytest.importorskip("pyarrow")
-    good = [jpeg(seed=seed) for seed in range(10)]
-    bad = [broken(kind) for kind in range(4)]
-    chosen = set(random.Random(0).sample(range(2000), 100))
-    for index in range(2000):
-        data = bad[index % 4] if index in chosen else good[index % 10]
-        (folder / f"{index:04}.jpg").write_bytes(data)
-    output = Path(f"f{suffix}")
-    record = call("npu-runtime", "embed", tiny_artifact, "photos", "--output", output, "--json").json
-    assert record["counts"] == {"found": 2000, "embedded": 1900, "bad": 100, "resumed": 0}
-    expected = [index for index in range(2000) if index not in chosen]
-    assert read_names(output) == [f"photos/{index:04}.jpg" for index in expected]
-    listed = read_lines(Path(record["bad_file"]))
-    assert [line["name"] for line in listed] == [f"photos/{index:04}.jpg" for index in sorted(chosen)]
-    assert len({line["reason"].partition(":")[0] for line in listed}) > 1
-    with npu_runtime.load(tiny_artifact) as encoder:
-        alone = encoder.embed(good)
-    np.testing.assert_allclose(read_rows(output), alone[[index % 10 for index in expected]], atol=1e-5)
-
-
 def interrupt(arguments: Iterable[str | Path], partial: Path, number: int, done: int) -> subprocess.Popen[str]:
     """A run that got a signal when it had journaled more than `done` images, and before its end."""
     process = subprocess.Popen(
@@ -301,6 +276,36 @@ def interrupt(arguments: Iterable[str | Path], partial: Path, number: int, done:
     assert process.poll() is None, process.communicate()
     process.send_signal(number)
     return process
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_of_two_thousand_files_each_good_one_is_there_once_also_after_a_kill(
+    suffix: str, call: Callable[..., Any], tiny_artifact: Path, folder: Path, photographs: Path
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    taken = [file.read_bytes() for file in sorted(photographs.glob("*.jpg"))]
+    good = [*taken, jpeg((1600, 1000)), *(jpeg(seed=seed) for seed in range(9 - len(taken)))]
+    bad = [broken(kind) for kind in range(4)]
+    chosen = set(random.Random(0).sample(range(2000), 100))
+    for index in range(2000):
+        data = bad[index % 4] if index in chosen else good[index % 10]
+        (folder / f"{index:04}.jpg").write_bytes(data)
+    output = Path(f"f{suffix}")
+    arguments = ("npu-runtime", "embed", tiny_artifact, "photos", "--workers", "1", "--resume", "--output", output)
+    interrupt(arguments, Path(f".{output}.partial"), signal.SIGKILL, 0).communicate()
+    record = call(*arguments, "--json").json
+    resumed = record["counts"].pop("resumed")
+    assert 0 < resumed < 2000
+    assert record["counts"] == {"found": 2000, "embedded": 1900, "bad": 100}
+    expected = [index for index in range(2000) if index not in chosen]
+    assert read_names(output) == [f"photos/{index:04}.jpg" for index in expected]
+    listed = read_lines(Path(record["bad_file"]))
+    assert [line["name"] for line in listed] == [f"photos/{index:04}.jpg" for index in sorted(chosen)]
+    assert len({line["reason"].partition(":")[0] for line in listed}) > 1
+    with npu_runtime.load(tiny_artifact) as encoder:
+        alone = encoder.embed(good)
+    np.testing.assert_allclose(read_rows(output), alone[[index % 10 for index in expected]], atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
