@@ -27,6 +27,7 @@ from ray.data import ActorPoolStrategy
 
 import npu_runtime
 from npu_runtime.artifact.store import open_artifact
+from npu_runtime.bulk.formats import spell_id
 from npu_runtime.bulk.sources import Found, Reader, find_images, to_line
 
 RESOURCES: dict[str, dict[str, Any]] = {"cpu": {}, "cuda": {"num_gpus": 1}, "npu": {"resources": {"NPU": 1}}}
@@ -65,7 +66,7 @@ class Embed:
         bad = [row.reason if isinstance(row, npu_runtime.BadImage) else None for row in rows]
         columns = [
             part["index"].combine_chunks(),
-            [image.name.encode("utf-8", "backslashreplace").decode() for image in found],
+            [spell_id(image.name) for image in found],
             [row if reason is None else None for row, reason in zip(rows, bad)],
             bad,
         ]

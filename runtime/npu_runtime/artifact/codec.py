@@ -7,7 +7,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
-from npu_runtime.artifact.schema import SCHEMA_MAJOR, SCHEMA_MINOR, Manifest, TensorSpec
+from npu_runtime.artifact.schema import SCHEMA_MAJOR, SCHEMA_MINOR, Manifest, TensorSpec, input_spec
 from npu_runtime.errors import ArtifactError
 from npu_runtime.structured import Reader, to_json
 
@@ -134,8 +134,8 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
 
 def _unknown_bytes(manifest: Manifest) -> list[TensorSpec]:
     """Tensors of uint8 that are no pixels of the size to which images are cut."""
-    pixels = ("B", *manifest.preprocessing.size, 3)
-    wrong = [spec for spec in manifest.inputs if spec.dtype == "uint8" and spec.shape != pixels]
+    pixels = input_spec("uint8", manifest.preprocessing.size)
+    wrong = [spec for spec in manifest.inputs if spec.dtype == "uint8" and spec.shape != pixels.shape]
     return wrong + [spec for spec in manifest.outputs if spec.dtype == "uint8"]
 
 

@@ -183,7 +183,7 @@ def _put_in_place(partial: Path, final: Path, force: bool, kind: Kind) -> None:
             if replaced is not None and replaced.exists() and not final.exists():
                 replaced.rename(final)
             raise
-        _sync_folder(final.parent)
+        sync_path(final.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
@@ -232,11 +232,12 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 def _sync(folder: Path) -> None:
     """Files reach the disk before the rename does, so that a power cut leaves no hollow artifact."""
     for path in sorted(folder.rglob("*")):
-        _sync_folder(path)
-    _sync_folder(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """A file's bytes, or what has been renamed in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

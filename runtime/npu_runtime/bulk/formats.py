@@ -80,13 +80,18 @@ def header(suffix: str, rows: Rows, count: int, names_nbytes: int) -> bytes:
     return b""
 
 
+def spell_id(name: str) -> str:
+    """A name as a Parquet `id`, which is UTF-8: bytes that are none become `\\udcff`."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def write_part(path: Path, rows: Rows, data: bytes, names: list[str]) -> None:
     """A Parquet part file of rows, one after the other in `data`, and their names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     values = pa.array(np.frombuffer(data, np.float32))
-    ids = pa.array([name.encode("utf-8", "backslashreplace").decode() for name in names], pa.string())
+    ids = pa.array(map(spell_id, names), pa.string())
     table = pa.table([ids, pa.FixedSizeListArray.from_arrays(values, math.prod(rows.shape))], schema=_schema(rows))
     pq.write_table(table, path, use_dictionary=False, compression="none")
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from npu_runtime.artifact.staging import DISK_FULL
+from npu_runtime.artifact.staging import DISK_FULL, sync_path
 from npu_runtime.bulk.formats import PART_NBYTES, Rows, header, write_part
 from npu_runtime.bulk.sources import to_line
 from npu_runtime.errors import Error, UsageError
@@ -131,7 +131,7 @@ class Partial:
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(self.folder / JOURNAL)
-            _sync_folder(self.folder)
+            sync_path(self.folder)
         finally:
             new.unlink(missing_ok=True)
         self._committed_s = time.monotonic()
@@ -156,7 +156,7 @@ class Partial:
             _replace_folder(self.folder / PARTS, self.output)
         elif self.journal.rows:
             (self.folder / DATA).replace(self.output)
-        _sync_folder(self.output.parent)
+        sync_path(self.output.parent)
         self.clear()
 
     def _complete(self) -> None:
@@ -224,10 +224,9 @@ class Partial:
         name = f"part-{str(self.journal.identity['list_sha256'])[:8]}-{self.journal.parts:05}.parquet"
         new = self.folder / f"{name}.new"
         write_part(new, self.rows, os.pread(descriptor, self._sizes[DATA], 0), names)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_path(new)
         new.replace(self.folder / PARTS / name)
-        _sync_folder(self.folder / PARTS)
+        sync_path(self.folder / PARTS)
         self.journal = replace(self.journal, parts=self.journal.parts + 1, sizes={**self._sizes, DATA: 0, NAMES: 0})
         self.commit()
         self._truncate(self._sizes)
@@ -309,15 +308,6 @@ def check_replaceable(output: Path) -> None:
             got=", ".join(foreign[:5]),
             hint="pass --output with another name",
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Renames in it reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace_folder(new: Path, final: Path) -> None:
