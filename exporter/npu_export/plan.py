@@ -15,7 +15,15 @@ from npu_export.network import WeightsPlan, plan_weights
 from npu_export.precision import require_kernels
 from npu_export.preprocessor_config import resolve_preprocessing
 from npu_export.weights import find_weights
-from npu_runtime.artifact.schema import InputDtype, Precision, Preprocessing, Publisher, TensorSpec, input_spec
+from npu_runtime.artifact.schema import (
+    InputDtype,
+    Precision,
+    Preprocessing,
+    Publisher,
+    TensorSpec,
+    input_spec,
+    variant_name,
+)
 from npu_runtime.artifact.staging import check_output
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import UnavailableError, UsageError
@@ -139,7 +147,7 @@ def make_request(
             got=",".join(map(str, batch)) or "none",
         )
     size = "" if encoder.image_size == published.image_size else f"-{encoder.image_size}"
-    name = f"{encoder.name}{size}-{precision}{'' if input == 'float32' else f'-{input}'}"
+    name = variant_name(f"{encoder.name}{size}", cast(Precision, precision), cast(InputDtype, input))
     return Request(
         encoder,
         tuple(format for format in FORMATS if format in formats),

@@ -28,6 +28,12 @@ Precision = Literal["fp32", "fp16", "bf16"]
 InputDtype = Literal["float32", "uint8"]
 """float32: images [B, 3, H, W], normalised. uint8: their pixels [B, H, W, 3], which the programs normalise."""
 
+
+def variant_name(encoder: str, precision: Precision, dtype: InputDtype) -> str:
+    """What folders are named after: ENCODER-PRECISION, and -uint8 where the programs take that."""
+    return f"{encoder}-{precision}" if dtype == "float32" else f"{encoder}-{precision}-{dtype}"
+
+
 DeviceKind = Literal["cpu", "cuda", "npu"]
 
 Publisher = Literal["hf", "timm", "upstream"]

@@ -14,6 +14,7 @@ import numpy as np
 from npu_runtime.artifact.store import Images
 from npu_runtime.bench.measure import INPUTS, draw_inputs
 from npu_runtime.encoder import Encoder
+from npu_runtime.steps import Advance, unwatched
 
 SLICES = 4
 """Turns of each backend at most, so that drift hits all alike."""
@@ -44,7 +45,7 @@ def measure_throughput(
     *,
     seconds: float,
     seed: int = 0,
-    progress: Callable[[], None] = lambda: None,
+    advance: Advance = unwatched,
 ) -> None:
     """Put into `loads` what each encoder does under the load of so many threads, for `seconds` each.
 
@@ -56,8 +57,8 @@ def measure_throughput(
 
     Encoders take turns in slices, in an order drawn anew; see `Slice` for which calls count. Inputs are standard
     normal and rotate, callers beginning at different ones. What is in `loads` when this is interrupted are whole
-    slices; an error of any call ends the run with that error, once the calls in flight have ended. `progress` is
-    called SLICES times for each backend, batch size and number of callers, slices that were not needed included.
+    slices; an error of any call ends the run with that error, once the calls in flight have ended. `advance` is told
+    of SLICES for each backend, batch size and number of callers, slices that were not needed included.
     """
     generator = np.random.default_rng(seed)
     names = list(encoders)
@@ -70,7 +71,7 @@ def measure_throughput(
                     if before.seconds < seconds:
                         # One assignment, so that an interruption leaves no half of it.
                         loads[name, batch, count] = before + run_slice(encoders[name], inputs, count, seconds / SLICES)
-                    progress()
+                    advance(1)
 
 
 def run_slice(call: Callable[[Images], object], inputs: Images, callers: int, seconds: float) -> Load:

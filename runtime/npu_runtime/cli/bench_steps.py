@@ -58,7 +58,7 @@ def measure_load(
     kept: Kept, encoders: Mapping[str, Encoder], batches: Sequence[int], callers: Sequence[int], seconds: float
 ) -> None:
     with _bar("measure under load", "slices", len(batches) * len(callers) * len(encoders) * SLICES) as advance:
-        measure_throughput(encoders, batches, callers, kept.loads, seconds=seconds, progress=lambda: advance(1))
+        measure_throughput(encoders, batches, callers, kept.loads, seconds=seconds, advance=advance)
 
 
 def _all_narrow(samples: Mapping[str, Sequence[float]]) -> bool:

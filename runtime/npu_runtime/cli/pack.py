@@ -13,7 +13,7 @@ from npu_runtime.backends.table import FORMATS, backend_name
 from npu_runtime.cli.console import StepProgress, print_json, print_line, print_table, print_weights, spell_nbytes
 from npu_runtime.cli.options import artifact_argument, json_option, quiet_option
 from npu_runtime.devices import parse_device
-from npu_runtime.pack.triton import INDEX_NAME, PACK, plan_models, record_files, write_repository
+from npu_runtime.pack.triton import INDEX_NAME, PACK, plan_models, write_repository
 from npu_runtime.structured import to_json
 
 
@@ -55,9 +55,7 @@ def command(
     check_output(output, force=force, kind=PACK)
     steps = StepProgress()
     with stage(output, force=force, watch=steps, kind=PACK) as folder:
-        write_repository(opened, models, folder, steps)
-        with steps.step("hash the files"):
-            files = record_files(folder, steps)
+        files = write_repository(opened, models, folder, steps)
         index = {
             "pack": target,
             "artifact_digest": opened.digest,

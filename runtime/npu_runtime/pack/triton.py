@@ -16,11 +16,11 @@ onnxruntime_backend/src/onnxruntime.cc, pytorch_backend/src/pt/); no Triton has 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from npu_runtime.artifact.schema import MANIFEST_NAME, FileRecord, Program, TensorSpec
+from npu_runtime.artifact.schema import MANIFEST_NAME, FileRecord, Program, TensorSpec, variant_name
 from npu_runtime.artifact.staging import Kind
 from npu_runtime.artifact.store import Artifact, record_file
 from npu_runtime.devices import Device
@@ -60,8 +60,7 @@ def plan_models(artifact: Artifact, formats: Iterable[str], device: Device) -> l
         raise UsageError("Triton's backends run on no NPU", expected="cpu or cuda:N", got=device)
     if not re.fullmatch(r"[\w.-]+", manifest.encoder, re.ASCII):
         raise ArtifactError("the encoder's name is none for a folder", where=artifact.path, got=repr(manifest.encoder))
-    dtype = manifest.inputs[0].dtype
-    of = f"{manifest.encoder}-{manifest.precision}{'' if dtype == 'float32' else f'-{dtype}'}"
+    of = variant_name(manifest.encoder, manifest.precision, manifest.inputs[0].dtype)
     models = []
     for format in formats:
         programs = manifest.programs_for(format)
@@ -80,40 +79,40 @@ def plan_models(artifact: Artifact, formats: Iterable[str], device: Device) -> l
     return models
 
 
-def write_repository(artifact: Artifact, models: Sequence[Model], folder: Path, watch: Steps | None = None) -> None:
-    """Write the models into a folder. Every byte taken from the artifact is checked against the manifest.
+def write_repository(
+    artifact: Artifact, models: Sequence[Model], folder: Path, watch: Steps | None = None
+) -> list[FileRecord]:
+    """Write the models into a folder; what was written. Every byte taken from the artifact is checked on the way.
 
     Raises ArtifactError where a file of the artifact is damaged, UnavailableError where an entry point is to be saved
     again and torch is not installed, and ProgramError where what was saved computes something else.
     """
     watch = watch or Silent()
     saver = ForwardSaver(artifact)
+    files: list[FileRecord] = []
     for model in models:
-        version = folder / model.name / VERSION
-        version.mkdir(parents=True)
+        version = f"{model.name}/{VERSION}"
+        (folder / version).mkdir(parents=True)
         (folder / model.name / CONFIG).write_text(model.config, "utf-8")
         (folder / model.name / MANIFEST_NAME).write_bytes(artifact.manifest_bytes())
+        files += [record_file(folder, f"{model.name}/{name}").record for name in (CONFIG, MANIFEST_NAME)]
         with watch.step(f"write {model.name}"):
             if model.backend == "pytorch":
-                saver.save(model.program, version / model.file)
+                saver.save(model.program, folder / version / model.file)
+                files.append(record_file(folder, f"{version}/{model.file}").record)
             else:
-                _copy_graph(artifact, model, version, watch)
+                files += _copy_graph(artifact, model, folder, version, watch)
+    return files
 
 
-def record_files(folder: Path, watch: Steps | None = None) -> list[FileRecord]:
-    """What a repository holds, with hashes."""
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    advance = (watch or Silent()).count(sum(sizes.values()), BYTES)
-    return [record_file(folder, name, advance).record for name in sorted(sizes)]
-
-
-def _copy_graph(artifact: Artifact, model: Model, version: Path, watch: Steps) -> None:
+def _copy_graph(artifact: Artifact, model: Model, folder: Path, version: str, watch: Steps) -> Iterator[FileRecord]:
     names = {model.program.file: model.file, **{name: name for name in model.program.needs}}
     sizes = {record.file: record.nbytes for record in artifact.manifest.files}
     advance = watch.count(sum(sizes[name] for name in names), BYTES)
     for name, target in names.items():
-        (version / target).parent.mkdir(parents=True, exist_ok=True)
-        artifact.copy_file(name, version / target, advance)
+        copy = f"{version}/{target}"
+        (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+        yield replace(artifact.copy_file(name, folder / copy, advance), file=copy)
 
 
 def _configure(artifact: Artifact, name: str, backend: str, file: str, batch: int, device: Device) -> str:
