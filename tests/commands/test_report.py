@@ -334,6 +334,7 @@ def test_a_browser_shows_the_page_without_complaint_or_sideways_scroll(
     assert [url[:40] for url in asked if not url.startswith(("file:", "data:"))] == []
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width
     assert chromium.evaluate(OUTSIDE_OF_PLOTS) == []
+    assert chromium.evaluate(BROKEN_NUMBERS) == []
     assert chromium.evaluate(LOW_CONTRAST) == []
 
 
@@ -347,6 +348,21 @@ OUTSIDE_OF_PLOTS = """
 })
 """
 """Words of plots that are cut."""
+
+BROKEN_NUMBERS = """
+(() => {
+  const walker = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+  const broken = [], range = document.createRange();
+  for (let node; node = walker.nextNode();)
+    for (const found of node.data.matchAll(/[0-9.]+e-[0-9]+/g)) {
+      range.setStart(node, found.index);
+      range.setEnd(node, found.index + found[0].length);
+      if (new Set([...range.getClientRects()].map(line => line.top)).size > 1) broken.push(found[0]);
+    }
+  return broken;
+})()
+"""
+"""Numbers that begin on one line and end on the next."""
 
 LOW_CONTRAST = """
 (() => {
