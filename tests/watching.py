@@ -1,4 +1,4 @@
-"""Steps that remember what they were told."""
+"""Steps that remember what they were told, and what a log tells of steps."""
 
 from __future__ import annotations
 
@@ -44,3 +44,8 @@ class Watching:
         assert self.counts
         wrong = [count for count in self.counts if sum(count.told) != count.total or min(count.told, default=1) < 0]
         assert not wrong, wrong
+
+
+def ended_steps(log: str) -> list[str]:
+    """The lines of a log, less those that it tells while a step lasts, on a machine where one takes over 10 s."""
+    return [line for line in log.splitlines() if line and not line.startswith("… ")]

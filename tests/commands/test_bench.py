@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from watching import ended_steps
 
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.bench.record_files import decode_record, read_record
@@ -83,7 +84,7 @@ def test_the_table_has_a_row_for_each_backend_and_batch_and_a_dash_where_nothing
     assert [row[:2] for row in rows] == [["eager", "4"], ["torchscript", "4"], ["onnxruntime", "4"]]
     assert all(row[4:7] == ["-"] * 3 for row in rows)
     assert [row[-1] for row in rows] == ["-", "undecided", "undecided"]
-    assert [line.split("  ")[0] for line in result.err.splitlines() if line] == [
+    assert [line.split("  ")[0] for line in ended_steps(result.err)] == [
         "✓ open eager",
         "✓ open torchscript",
         "✓ open onnxruntime",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watching import ended_steps
 
 from npu_runtime.artifact import store
 from npu_runtime.artifact.schema import SCHEMA_MAJOR, SCHEMA_MINOR
@@ -121,7 +122,7 @@ def test_verify_passes_each_output_of_each_program(call: Callable[..., Any], tin
     assert [next(o for o in ("embedding", "tokens") if o in row) for row in lines] == ["embedding", "tokens"] * 4
     assert result.out.startswith("files     5, each as recorded\n")
     assert result.out.endswith("parity passed\n")
-    assert [line.split("  ")[0] for line in result.err.splitlines()] == [
+    assert [line.split("  ")[0] for line in ended_steps(result.err)] == [
         "✓ hash the files",
         "✓ run torchscript",
         "✓ run onnxruntime",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from watching import ended_steps
 
 from npu_export import plan, torchscript
 from npu_export.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ def test_every_step_and_its_time_go_to_stderr_and_the_result_alone_to_stdout(
 ) -> None:
     run = run_command(*BASE, "--batch", "1,4", "--output", "a", cwd=tmp_path)
     assert run.returncode == 0
-    narrated = [re.fullmatch(r"✓ (.+?) +\d+\.\d s(   .+)?", line) for line in run.stderr.splitlines()]
+    narrated = [re.fullmatch(r"✓ (.+?) +\d+\.\d s(   .+)?", line) for line in ended_steps(run.stderr)]
     assert tuple(match[1] if match else None for match in narrated) == STEPS
     assert "✓" not in run.stdout
     assert run.stdout.startswith("weights   RANDOM weights (seed 5)")
@@ -105,7 +106,7 @@ def test_a_dry_run_reads_no_tensor_and_writes_nothing(
     assert "26 matched, 12 transformed, 0 dropped, 0 missing, 0 unexpected, 0 mismatched" in result.out
     assert "torchscript, onnx, opset 18, batch 1, 4" in result.out
     assert "new/a  (dry run: nothing was written)" in result.out
-    assert [line[:2] for line in result.err.splitlines()] == ["✓ "]
+    assert [line[:2] for line in ended_steps(result.err)] == ["✓ "]
     with pytest.raises(AssertionError, match="was read"):
         call(*arguments, "--output", "new/a")
 

@@ -89,8 +89,11 @@ def hugging_face(name: str, steps: Preprocessing, *, on_torchvision: bool) -> Ca
     resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[steps.interpolation]
     processor = kind(resample=resample, image_mean=list(steps.mean), image_std=list(steps.std), **settings)
 
+    # Without it numpy's arrays of odd sizes are ambiguous; torchvision's are not, and version 4 would turn them twice.
+    layout = {} if on_torchvision else {"input_data_format": "channels_last"}
+
     def run(image: Image.Image) -> Array:
-        given = processor(image, return_tensors="pt", input_data_format="channels_last")
+        given = processor(image, return_tensors="pt", **layout)
         pixel_values: Array = given["pixel_values"][0].numpy()
         return pixel_values
 
@@ -131,14 +134,16 @@ def test_pe_langs_pixels_are_those_of_perception_lms_single_tile() -> None:
         module = importlib.import_module(perception_lm)
     except ImportError:  # transformers 4
         module = importlib.import_module(f"{perception_lm}_fast")
-    kind = getattr(module, "PerceptionLMImageProcessor", None) or module.PerceptionLMImageProcessorFast
+    five = hasattr(module, "PerceptionLMImageProcessor")
+    kind = module.PerceptionLMImageProcessor if five else module.PerceptionLMImageProcessorFast
     processor = kind(vision_input_type="vanilla", tile_size=448)
     steps = by(next(encoder for encoder in FIVE if encoder.name == "pe-lang-l14-448"), "hf")
     for image in photographs():
         theirs = processor(image, return_tensors="pt")["pixel_values"].numpy().reshape(3, 448, 448)
         difference = levels(preprocess(image, steps), theirs, steps)
-        assert difference.max() <= 2.001
-        assert (difference > 1.001).mean() < 1e-4
+        # Version 4 does not round between the two directions of a resize, which shows where a bicubic one clips.
+        assert difference.max() <= (2.001 if five else 7.001)
+        assert (difference > 1.001).mean() < (1e-4 if five else 1e-3)
 
 
 @pytest.mark.parametrize("name", ["pe-lang-l14-448", "convnext-base-clip", "dinov2-small-reg4"])
