@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -47,5 +48,5 @@ class Watching:
 
 
 def ended_steps(log: str) -> list[str]:
-    """The lines of a log, less those that it tells while a step lasts, on a machine where one takes over 10 s."""
-    return [line for line in log.splitlines() if line and not line.startswith("… ")]
+    """The lines of a log, less those that it tells of a step after 10 s and more, as on a slow machine."""
+    return [line for line in log.splitlines() if not re.match(r"… .+? +\d{2,}\.\d s", line)]

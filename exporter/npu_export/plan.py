@@ -147,7 +147,7 @@ def make_request(
             got=",".join(map(str, batch)) or "none",
         )
     size = "" if encoder.image_size == published.image_size else f"-{encoder.image_size}"
-    name = variant_name(f"{encoder.name}{size}", cast(Precision, precision), cast(InputDtype, input))
+    variant = cast(Precision, precision), cast(InputDtype, input)
     return Request(
         encoder,
         tuple(format for format in FORMATS if format in formats),
@@ -155,12 +155,11 @@ def make_request(
         layout,
         prefix,
         image_size is not None,
-        cast(Precision, precision),
-        cast(InputDtype, input),
+        *variant,
         opset,
         cast("Publisher | None", preprocess),
         probes,
-        Path(output) if output is not None else Path(name),
+        Path(variant_name(f"{encoder.name}{size}", *variant) if output is None else output),
         force,
     )
 

@@ -70,12 +70,19 @@ def timm_transform(name: str) -> Callable[[Image.Image], Array]:
     return lambda image: transform(image).numpy()
 
 
-def hugging_face(name: str, steps: Preprocessing, *, on_torchvision: bool) -> Callable[[Image.Image], Array]:
-    """Transformers' class with an encoder's settings; the one on pillow, or the one on torchvision."""
+def has_transformers_5() -> bool:
+    """Whose classes on torchvision bear the plain names, which version 4 gives to those on pillow."""
     import_timm()
     import transformers
 
-    five = int(transformers.__version__.split(".")[0]) >= 5
+    return int(transformers.__version__.split(".")[0]) >= 5
+
+
+def hugging_face(name: str, steps: Preprocessing, *, on_torchvision: bool) -> Callable[[Image.Image], Array]:
+    """Transformers' class with an encoder's settings; the one on pillow, or the one on torchvision."""
+    five = has_transformers_5()
+    import transformers
+
     if five and not on_torchvision:
         family = name.removesuffix("ImageProcessor").lower()
         module = f"transformers.models.{family}.image_processing_pil_{family}"
@@ -128,14 +135,9 @@ def test_on_photographs_its_processor_on_torchvision_differs_by_a_level_at_most(
 
 
 def test_pe_langs_pixels_are_those_of_perception_lms_single_tile() -> None:
-    import_timm()
-    perception_lm = "transformers.models.perception_lm.image_processing_perception_lm"
-    try:
-        module = importlib.import_module(perception_lm)
-    except ImportError:  # transformers 4
-        module = importlib.import_module(f"{perception_lm}_fast")
-    five = hasattr(module, "PerceptionLMImageProcessor")
-    kind = module.PerceptionLMImageProcessor if five else module.PerceptionLMImageProcessorFast
+    five = has_transformers_5()
+    family = importlib.import_module("transformers.models.perception_lm")
+    kind = family.PerceptionLMImageProcessor if five else family.PerceptionLMImageProcessorFast
     processor = kind(vision_input_type="vanilla", tile_size=448)
     steps = by(next(encoder for encoder in FIVE if encoder.name == "pe-lang-l14-448"), "hf")
     for image in photographs():

@@ -82,7 +82,7 @@ def plan_models(artifact: Artifact, formats: Iterable[str], device: Device) -> l
 def write_repository(
     artifact: Artifact, models: Sequence[Model], folder: Path, watch: Steps | None = None
 ) -> list[FileRecord]:
-    """Write the models into a folder; what was written. Every byte taken from the artifact is checked on the way.
+    """The files of the models, written into a folder. Every byte of the artifact is checked against the manifest.
 
     Raises ArtifactError where a file of the artifact is damaged, UnavailableError where an entry point is to be saved
     again and torch is not installed, and ProgramError where what was saved computes something else.
