@@ -1,14 +1,16 @@
 # Sourced by the other scripts: an environment with pinned dependencies, made once and again when the pins change.
-# STACK names the pins: current in .venv; old, and ascend as on Ascend hosts, in .venv-old and .venv-ascend.
+# STACK names the pins: current in .venv; old, ascend (as on Ascend hosts) and npu (with the vendor's torch_npu) in
+# folders of their own, such as .venv-npu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stack=${STACK:-current}
+stack=${STACK:-current} extras=export,dev
 case "$stack" in
   current) venv=.venv constraints=constraints.txt ;;
   old | ascend) venv=.venv-$stack constraints=constraints-$stack.txt ;;
+  npu) venv=.venv-$stack constraints=constraints-$stack.txt extras=export,dev,npu ;;
   *)
-    echo "There is no stack $stack: choose current, old or ascend." >&2
+    echo "There is no stack $stack: choose current, old, ascend or npu." >&2
     exit 2
     ;;
 esac
@@ -29,7 +31,7 @@ if [ "$(cat "$venv/pins" 2>/dev/null)" != "$pins" ]; then
   echo "Making $venv with $("$python" --version) and the dependencies of $constraints; this is done once." >&2
   "$python" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$constraints" --editable ".[export,dev]"
+    --constraint "$constraints" --editable ".[$extras]"
   echo "$pins" >"$venv/pins"
 fi
 PATH="$PWD/$venv/bin:$PATH"
