@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+HAS_TORCH_NPU = find_spec("torch_npu") is not None
+if HAS_TORCH_NPU:  # torch would import it here, where no CANN is found
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
 import tiny
-import torch
+from emulated_cann.build import NoCompilerError, build_emulated_cann, cann_environment
 from safetensors.torch import save_file
-from simulated_npu.build import NoCompilerError, build_simulated_npu
 
 from npu_export.pipeline import export
 from npu_export.weights import find_weights
+from npu_runtime.artifact.schema import MANIFEST_NAME
+from npu_runtime.artifact.store import sha256_file
 
 tiny.register()
 
@@ -59,20 +68,30 @@ def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def simulated_npu() -> Callable[..., dict[str, str]]:
-    """The environment of a process that finds the simulated NPU, its switches set; built once and kept in build/."""
+def emulated_npu() -> Callable[..., dict[str, str]]:
+    """The environment of a process that finds the vendor's torch_npu on the emulated CANN, which is built once.
 
-    own = f"{torch.__version__.partition('+')[0]}.post1"
+    What is given is set in it, such as EMULATED_CANN_FAULTS; emulated_cann/README.md lists what there is.
+    """
+    if not HAS_TORCH_NPU:
+        pytest.skip("torch_npu is not installed: scripts/test --stack npu has it")
+    try:
+        folder = build_emulated_cann(HERE.parent / "build" / "emulated-cann")
+    except NoCompilerError as error:
+        pytest.skip(str(error))
 
-    def environment(version: str = own, **switches: str) -> dict[str, str]:
-        try:
-            folder = build_simulated_npu(HERE.parent / "build" / "simulated-npu", version)
-        except NoCompilerError as error:
-            pytest.skip(str(error))
-        paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return {**os.environ, "PYTHONPATH": paths, **switches}
+    def environment(**variables: object) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+        return {**inherited, **cann_environment(folder), **{name: str(value) for name, value in variables.items()}}
 
     return environment
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `npu` whatever runs on the emulated NPU."""
+    for item in items:
+        if "emulated_npu" in getattr(item, "fixturenames", ()):
+            item.add_marker("npu")
 
 
 @pytest.fixture
@@ -84,3 +103,28 @@ def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload, no-any-return]
 
     return run
+
+
+@pytest.fixture
+def rewrite() -> Callable[..., None]:
+    """Edit manifest.json of an artifact as JSON, hashes and sizes of all files brought up to date."""
+
+    def edit(artifact: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
+        file = artifact / MANIFEST_NAME
+        manifest = json.loads(file.read_text("utf-8"))
+        for record in manifest["files"]:
+            path = artifact / record["file"]
+            record.update(nbytes=path.stat().st_size, sha256=sha256_file(path))
+        hashes = {record["file"]: record["sha256"] for record in manifest["files"]}
+        for program in manifest["programs"]:
+            program["sha256"] = hashes[program["file"]]
+        change(manifest)
+        file.write_text(json.dumps(manifest), "utf-8")
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """The folder with two photographs, chelsea.jpg and coffee.jpg."""
+    return HERE / "data" / "photographs"

@@ -149,14 +149,14 @@ def test_two_workers_of_ray_give_the_rows_names_and_bad_images_of_one_process(
 
 def test_workers_of_a_ray_that_runs_compute_on_its_npus(
     ray_environment: dict[str, str],
-    simulated_npu: Callable[..., dict[str, str]],
+    emulated_npu: Callable[..., dict[str, str]],
     tiny_artifact: Path,
     images: list[str],
     tmp_path: Path,
 ) -> None:
     log = tmp_path / "npu.log"
-    npus = {"PYTHONPATH": simulated_npu()["PYTHONPATH"], "SIMULATED_NPU_LOG": str(log)}
-    environment = {**ray_environment, **npus}
+    environment = {**emulated_npu(), **ray_environment, "EMULATED_CANN_LOG": str(log)}
+    del environment["TORCH_DEVICE_BACKEND_AUTOLOAD"]
     folder, port = environment["RAY_TMPDIR"], str(_free_port())
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     start += [f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false", "--object-store-memory=100000000"]
@@ -175,7 +175,7 @@ def test_workers_of_a_ray_that_runs_compute_on_its_npus(
 
     rows = pq.read_table(output).sort_by("index").to_pylist()
     assert [row["id"] for row in rows] == images
-    assert log.read_text().splitlines().count("init") == 2  # of a device, in each of two processes
+    assert log.read_text().splitlines().count("aclInit") == 2  # in each of two processes
     with npu_runtime.load(tiny_artifact, backend="torchscript") as encoder:
         np.testing.assert_allclose([row["embedding"] for row in rows], encoder.embed(images), atol=1e-5)
 

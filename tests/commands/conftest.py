@@ -149,25 +149,6 @@ def exports(start_exports: Callable[..., AbstractContextManager[ExportServer]]) 
 
 
 @pytest.fixture
-def rewrite() -> Callable[..., None]:
-    """Edit manifest.json of an artifact as JSON, hashes and sizes of all files brought up to date."""
-
-    def edit(artifact: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
-        file = artifact / MANIFEST_NAME
-        manifest = json.loads(file.read_text("utf-8"))
-        for record in manifest["files"]:
-            path = artifact / record["file"]
-            record.update(nbytes=path.stat().st_size, sha256=sha256_file(path))
-        hashes = {record["file"]: record["sha256"] for record in manifest["files"]}
-        for program in manifest["programs"]:
-            program["sha256"] = hashes[program["file"]]
-        change(manifest)
-        file.write_text(json.dumps(manifest), "utf-8")
-
-    return edit
-
-
-@pytest.fixture
 def perturb_onnx() -> Callable[[Path], None]:
     """Change one weight of the ONNX programs of an artifact by 1 %, in place."""
 
@@ -182,9 +163,3 @@ def perturb_onnx() -> Callable[[Path], None]:
             file.write(values.tobytes())
 
     return perturb
-
-
-@pytest.fixture(scope="session")
-def photographs() -> Path:
-    """The folder with two photographs, chelsea.jpg and coffee.jpg."""
-    return Path(__file__).parent.parent / "data" / "photographs"

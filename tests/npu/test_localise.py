@@ -1,4 +1,4 @@
-"""Where in the network a program leaves the reference, on the simulated NPU, in a process that finds a torch_npu."""
+"""Where in the network a program leaves the reference, on the emulated NPU."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ for folder in sys.argv[2:]:
 
 
 @pytest.fixture
-def localise_on_npu(simulated_npu: Callable[..., dict[str, str]]) -> Callable[..., list[str]]:
+def localise_on_npu(emulated_npu: Callable[..., dict[str, str]]) -> Callable[..., list[str]]:
     """`FIRST;OUTPUTS,BEYOND;BEYOND,PROBED` for each artifact."""
 
     def run(numerics: str, *folders: Path) -> list[str]:
         line = [sys.executable, "-c", LOCALISE, numerics, *map(str, folders)]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=simulated_npu())
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=emulated_npu())
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 

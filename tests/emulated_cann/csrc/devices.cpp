@@ -24,7 +24,19 @@ const char* text(const char* name, const char* otherwise) {
   return value && *value ? value : otherwise;
 }
 
-int device_count() { return static_cast<int>(emulated::setting("EMULATED_CANN_DEVICES", 2)); }
+// Those that ASCEND_RT_VISIBLE_DEVICES names, where it is set: numbers that ascend and exist, up to the first that does not.
+int device_count() {
+  int installed = static_cast<int>(emulated::setting("EMULATED_CANN_DEVICES", 2));
+  const char* visible = std::getenv("ASCEND_RT_VISIBLE_DEVICES");
+  if (!visible) return installed;
+  int count = 0, last = -1;
+  for (char* end; *visible; visible = *end ? end + 1 : end, ++count) {
+    long device = std::strtol(visible, &end, 10);
+    if (end == visible || (*end && *end != ',') || device <= last || device >= installed) break;
+    last = static_cast<int>(device);
+  }
+  return count;
+}
 
 uint32_t cores(aclrtDevResLimitType type) { return type == ACL_RT_DEV_RES_CUBE_CORE ? CUBE_CORES : VECTOR_CORES; }
 
