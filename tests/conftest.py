@@ -13,11 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-HAS_TORCH_NPU = find_spec("torch_npu") is not None
-if HAS_TORCH_NPU:  # torch would import it here, where no CANN is found
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-
 import tiny
 from emulated_cann.build import NoCompilerError, build_emulated_cann, cann_environment
 from safetensors.torch import save_file
@@ -73,7 +68,7 @@ def emulated_npu() -> Callable[..., dict[str, str]]:
 
     What is given is set in it, such as EMULATED_CANN_FAULTS; emulated_cann/README.md lists what there is.
     """
-    if not HAS_TORCH_NPU:
+    if find_spec("torch_npu") is None:
         pytest.skip("torch_npu is not installed: scripts/test --stack npu has it")
     try:
         folder = build_emulated_cann(HERE.parent / "build" / "emulated-cann")

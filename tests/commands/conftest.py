@@ -21,8 +21,6 @@ import pytest
 import npu_export.cli
 import npu_runtime.cli
 from npu_export.pipeline import export
-from npu_runtime.artifact.schema import MANIFEST_NAME
-from npu_runtime.artifact.store import sha256_file
 from npu_runtime.cli.console import run_command as run_click_command
 
 SERVER = Path(__file__).parent / "export_server.py"

@@ -101,7 +101,16 @@ def _build(folder: Path) -> Path:
     def link(name: str, objects: Sequence[str], *needs: str) -> list[str]:
         library = f"lib{name}.so"
         files = [str(folder / f"{part}.o") for part in objects]
-        return [*compiler, "-shared", "-o", str(libraries / library), "-Wl,-z,defs", f"-Wl,-soname,{library}", *files, *needs]
+        return [
+            *compiler,
+            "-shared",
+            "-o",
+            str(libraries / library),
+            "-Wl,-z,defs",
+            f"-Wl,-soname,{library}",
+            *files,
+            *needs,
+        ]
 
     runtime = ["-Wl,--no-as-needed", f"-L{libraries}", "-lascendcl"]
     _run_all([link("ascendcl", RUNTIME, "-pthread")])

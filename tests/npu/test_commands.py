@@ -203,7 +203,9 @@ def test_an_operator_without_a_kernel_is_refused_by_name_unless_it_is_allowed(co
     refused = command("verify", artifact, *NPU, "--json", EMULATED_CANN_FAULTS="no-kernel:aten::gelu")
     assert refused.returncode == 4, refused.stdout + refused.stderr
     assert json.loads(refused.stdout)["error"]["got"] == "aten::gelu"
-    allowed = command("verify", artifact, *NPU, "--allow-fallback", "--json", EMULATED_CANN_FAULTS="no-kernel:aten::gelu")
+    allowed = command(
+        "verify", artifact, *NPU, "--allow-fallback", "--json", EMULATED_CANN_FAULTS="no-kernel:aten::gelu"
+    )
     assert allowed.returncode == 0, allowed.stdout + allowed.stderr
     assert conditions(json.loads(allowed.stdout))["fallback"] == ["aten::gelu"]
     told = command("verify", artifact, *NPU, "--allow-fallback", EMULATED_CANN_FAULTS="no-kernel:aten::gelu")
