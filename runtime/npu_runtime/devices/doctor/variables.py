@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from npu_runtime.devices.cann import LIBRARY, library_folder, source_environment
 from npu_runtime.devices.cores import cpu_count
 from npu_runtime.devices.doctor.check import Check, VariableCheck, Verdict
 from npu_runtime.devices.doctor.machine import Machine
-from npu_runtime.devices.torch_import import SET_ENVIRONMENT
-
-CANN_LIBRARY = "libascendcl.so"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +61,7 @@ def _refuse_threads(value: str | None) -> str | None:
 
 
 def _refuse_libraries(value: str | None) -> str | None:
-    return None if library_folder(value) else f"no {CANN_LIBRARY} in any of its folders: {SET_ENVIRONMENT}"
-
-
-def library_folder(value: str | None) -> str | None:
-    """The first folder of a search path that holds CANN's library."""
-    return next((part for part in (value or "").split(":") if part and (Path(part) / CANN_LIBRARY).exists()), None)
+    return None if library_folder(value) else f"no {LIBRARY} in any of its folders: {source_environment()}"
 
 
 VARIABLES = (
@@ -142,6 +134,6 @@ def _check(variable: Variable, value: str | None, *, applies: bool, npu: bool) -
     fine: Verdict = "ok" if npu else "absent"
     shown = "unset" if value is None else value or "empty"
     if variable.name == "LD_LIBRARY_PATH" and value:
-        shown = library_folder(value) or f"no {CANN_LIBRARY} in it"
+        shown = library_folder(value) or f"no {LIBRARY} in it"
     verdict = variable.verdict if advice else fine
     return VariableCheck(variable.name, verdict, shown, advice, variable.does, variable.advised)
