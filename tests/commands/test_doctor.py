@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch_npu_texts import NO_CANN, NO_CANN_2_7, NO_START, OTHER_TORCH, TWO_ACCELERATORS
 
 RUN = "import sys\nsys.argv[0] = 'npu-runtime'\nfrom npu_runtime.cli import main\nmain()"
-NO_CANN = "libhccl.so: cannot open shared object file: No such file or directory"
 
 TORCH = """
 import os, sys
@@ -27,6 +27,7 @@ class cuda:
     is_available = staticmethod(lambda: {cards} > 0)
     device_count = staticmethod(lambda: {cards})
     get_device_name = staticmethod(lambda index: f"card {{index}}")
+    synchronize = staticmethod(lambda index: None)
 if {autoload}:
     try:
         import torch_npu
@@ -43,6 +44,7 @@ class npu:
     is_available = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 2)
     get_device_name = staticmethod(lambda index: "Ascend910B4")
+    synchronize = staticmethod(lambda index: None)
 torch.npu = npu
 """
 
@@ -187,12 +189,12 @@ def test_an_index_that_is_not_there_exits_with_4_after_everything_is_told(
     ("body", "found", "hint"),
     [
         (f"raise ImportError({NO_CANN!r})", "libhccl.so", "set_env.sh"),
-        (f"import sys\nprint({NO_CANN!r}, file=sys.stderr)\nsys.exit()", "", "set_env.sh"),
-        ("raise RuntimeError('Two accelerators cannot be used at the same time')", "Two accelerators", "+cpu"),
-        ("raise ImportError('libtorch_npu.so: undefined symbol: _ZN2at4')", "undefined symbol", "pair of one release"),
-        ("raise KeyError('a bug of its own')", "a bug of its own", ""),
+        (f"raise ImportError({NO_CANN_2_7!r})", "libhccl.so", "set_env.sh"),
+        (f"raise RuntimeError({TWO_ACCELERATORS!r})", "Two accelerators", "+cpu --index-url"),
+        (f"raise ImportError({OTHER_TORCH!r})", "undefined symbol", "torch-npu 2.9 of the installed torch"),
+        ("raise KeyError('a bug of its own')", "a bug of its own", "reinstall torch_npu"),
     ],
-    ids=["no-cann", "no-cann-exit", "cuda-build", "other-torch", "bug"],
+    ids=["no-cann", "no-cann-2.7", "cuda-build", "other-torch", "bug"],
 )
 @pytest.mark.parametrize("autoload", [True, False])
 def test_a_torch_npu_that_does_not_import_is_a_finding(
@@ -223,12 +225,14 @@ def test_a_torch_npu_of_another_release_is_told_with_both(packages: Packages, do
 
 def test_a_device_that_does_not_start_is_a_finding(packages: Packages, doctor: Callable[..., Answer]) -> None:
     packages.add_torch()
-    fails = "staticmethod(lambda index: (_ for _ in ()).throw(RuntimeError('aclInit: error code is 507008')))"
-    packages.add_npus(body=TORCH_NPU.replace('staticmethod(lambda index: "Ascend910B4")', fails))
+    fails = f"staticmethod(lambda index: (_ for _ in ()).throw(RuntimeError({NO_START!r})))"
+    packages.add_npus(body=TORCH_NPU.replace("staticmethod(lambda index: None)", fails))
     answer = doctor("--device", "npu", "--json")
     assert answer.code == 4
     assert answer.json["error"]["what"] == "npu:0 does not start"
-    assert "507008" in answer.json["error"]["got"]
+    assert "507033: Failed to start the device: aclrtSetDevice fails" in answer.json["error"]["got"]
+    assert "npu-smi info" in answer.json["error"]["next"]
+    assert "507033" in answer.check("npu:0")["found"]
 
 
 def test_where_torch_sees_no_npu_the_advice_is_not_to_run_doctor(
@@ -251,7 +255,7 @@ def test_a_cuda_build_is_fine_alone_and_fails_beside_torch_npu(
     assert (alone.code, alone.check("torch build")["found"]) == (0, "CUDA 12.8")
     assert alone.json["devices"]["cuda:1"]["name"] == "card 1"
     assert alone.check("visible devices")["found"] == "2 cuda, CUDA_VISIBLE_DEVICES '0,1'"
-    packages.add_npus(body="raise RuntimeError('Two accelerators cannot be used at the same time')")
+    packages.add_npus(body=f"raise RuntimeError({TWO_ACCELERATORS!r})")
     beside = doctor("--json").check("torch build")
     assert (beside["verdict"], "torch==2.9.0+cpu" in beside["advice"]) == ("fail", True)
 
@@ -259,7 +263,7 @@ def test_a_cuda_build_is_fine_alone_and_fails_beside_torch_npu(
 def test_a_cuda_build_is_told_where_torch_does_not_import(packages: Packages, doctor: Callable[..., Answer]) -> None:
     packages.add_torch("2.9.0", autoload=True)
     packages.add("version", "from typing import Optional\ncuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n")
-    packages.add_npus(body="raise RuntimeError('Two accelerators cannot be used at the same time')")
+    packages.add_npus(body=f"raise RuntimeError({TWO_ACCELERATORS!r})")
     check = doctor("--json").check("torch build")
     assert (check["verdict"], "CUDA 12.8 beside torch_npu" in check["found"]) == ("fail", True)
 

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch_npu_texts import NO_CANN, NO_CANN_2_7, NO_START, OTHER_TORCH, TWO_ACCELERATORS
 
 from npu_runtime import UnavailableError, UsageError, load
 from npu_runtime.devices import CPU, Device, parse_device, require_device, torch_import
 from npu_runtime.devices.accelerator import Accelerator
+from npu_runtime.devices.cann import read_cann_error
 from npu_runtime.devices.device import KINDS
 from npu_runtime.devices.probe import probe_device
-
-NO_CANN = "libhccl.so: cannot open shared object file: No such file or directory"
 
 
 def a_package(folder: Path, name: str, body: str, version: str | None = None) -> None:
@@ -86,11 +86,11 @@ def test_no_torch_npu_is_told_with_the_extra_that_brings_it(tmp_path: Path) -> N
     ("body", "hint"),
     [
         (f"raise ImportError({NO_CANN!r})", "set_env.sh"),
-        (f"import sys\nprint({NO_CANN!r}, file=sys.stderr)\nsys.exit()", "set_env.sh"),
-        ("raise RuntimeError('Two accelerators cannot be used at the same time')", "+cpu"),
-        ("raise ImportError('libtorch_npu.so: undefined symbol: _ZN2at4_ops')", "the pair of one release"),
+        (f"raise ImportError({NO_CANN_2_7!r})", "set_env.sh"),
+        (f"raise RuntimeError({TWO_ACCELERATORS!r})", "pip install torch==2.9.0+cpu --index-url"),
+        (f"raise ImportError({OTHER_TORCH!r})", "install the torch-npu 2.9 of the installed torch"),
     ],
-    ids=["no-cann", "no-cann-exit", "cuda-build", "other-torch"],
+    ids=["no-cann", "no-cann-2.7", "cuda-build", "other-torch"],
 )
 @pytest.mark.parametrize("autoload", [True, False])
 def test_a_torch_npu_that_does_not_import_says_what_to_do(tmp_path: Path, body: str, hint: str, autoload: bool) -> None:
@@ -106,11 +106,9 @@ def test_a_torch_npu_that_does_not_import_says_what_to_do(tmp_path: Path, body: 
     a_package(tmp_path, "torch_npu", body, "2.9.0.post1+gitee7ba04")
     error = probed(tmp_path, "npu")
     assert hint in error["next"]
-    assert (
-        "torch_npu" in error["what"]
-        or "torch does not import" in error["what"]
-        or "torch is installed" in error["what"]
-    )
+    assert ("or set TORCH_DEVICE_BACKEND_AUTOLOAD=0" in error["next"]) == autoload
+    assert "[ERROR]" not in str(error)
+    assert error["what"].startswith("torch does not import, since torch_npu does not: " if autoload else "torch_npu is")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +139,7 @@ class cuda:
     is_available = staticmethod(lambda: COUNT > 0)
     device_count = staticmethod(lambda: COUNT)
     get_device_name = staticmethod(lambda index: f"card {index}")
+    synchronize = staticmethod(lambda index: None)
 class version:
     cuda = "12.8"
 __version__ = "2.9.0"
@@ -153,6 +152,44 @@ __version__ = "2.9.0"
     assert error["expected"] == "cuda:0, cuda:1"
     assert error["got"] == "cuda:2, CUDA_VISIBLE_DEVICES=4,7"
     assert probed(tmp_path, "cuda:1") == {"name": "card 1"}
+
+
+@pytest.mark.parametrize(
+    ("said", "got", "hint"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be", "CUDA error: out of memory", "npu-runtime doctor"),
+        (
+            "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use 'spawn'",
+            "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use 'spawn'",
+            "get_context('spawn')",
+        ),
+    ],
+)
+def test_a_device_that_is_listed_and_does_not_start_is_told(tmp_path: Path, said: str, got: str, hint: str) -> None:
+    body = f"""
+class cuda:
+    is_available = staticmethod(lambda: True)
+    device_count = staticmethod(lambda: 1)
+    get_device_name = staticmethod(lambda index: "card")
+    def synchronize(index):
+        raise RuntimeError({said!r})
+"""
+    a_package(tmp_path, "torch", body)
+    error = probed(tmp_path, "cuda:0")
+    assert (error["what"], error["got"], hint in error["next"]) == ("cuda:0 does not start", got, True)
+
+
+def test_what_torch_npu_says_of_a_failed_call_is_told_on_one_line() -> None:
+    failed = read_cann_error(NO_START)
+    assert failed is not None
+    own = "aclrtSetDevice fails, as EMULATED_CANN_FAULTS asks"
+    assert failed.code == 507033
+    assert failed.text == f"c10_npu::SetDevice(device) gives error 507033: Failed to start the device: {own}"
+    bare = read_cann_error("f:x.cpp:1 NPU function error: aclInit, error code is 1\n[Error]: \n")
+    assert bare is not None
+    assert bare.text == "aclInit gives error 1"
+    assert read_cann_error("No NPUs are available\n[ERROR] 2026") is None
+    assert read_cann_error("") is None
 
 
 def test_a_torch_without_cuda_says_that_it_is_built_without(tmp_path: Path) -> None:

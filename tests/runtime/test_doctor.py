@@ -169,7 +169,10 @@ def test_what_an_npu_needs_fails_only_where_torch_npu_is_and_no_npu_runs(
     made = machine(torch_npu=torch_npu, npus=npus)
     cann, driver = only(ascend.check_cann(made)), only(ascend.check_driver(made))
     assert (cann.verdict, driver.verdict) == (verdict, verdict)
-    assert (cann.found, cann.advice) == ("set_env.sh was not sourced", ascend.SET_ENVIRONMENT)
+    assert (cann.found, str(cann.advice).partition(" (")[0]) == (
+        "set_env.sh was not sourced",
+        "install CANN and source its set_env.sh",
+    )
     assert "/dev/davinci" in str(driver.advice)
     # It is a tool: nothing runs through it.
     assert only(ascend.check_npu_smi(made)).verdict == {"absent": "absent"}.get(verdict, "warn")
@@ -338,10 +341,11 @@ def test_more_npus_named_than_seen_is_a_warning(machine: Callable[..., Machine])
 VALUES = {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": ((None, "0", "1"), ()),
     "TORCH_NPU_FALLBACK_CPU_DISABLE": ((None, "1"), ("0",)),
-    "TORCH_NPU_USE_COMPATIBLE_IMPL": ((None, "1"), ("0",)),
-    "TASK_QUEUE_ENABLE": ((None, "1"), ("0", "2")),
+    "TORCH_NPU_USE_COMPATIBLE_IMPL": ((None, "0", "1"), ()),
+    "TASK_QUEUE_ENABLE": ((None, "1"), ("0", "2", "3", "many", "")),
     "CPU_AFFINITY_CONF": ((None, "1,npu0:0-11", "2"), ()),
     "PYTORCH_NPU_ALLOC_CONF": ((None, "expandable_segments:True"), ("expandable_segments:False",)),
+    "PYTORCH_ALLOC_CONF": ((None, "expandable_segments:True"), ()),
     "ASCEND_LAUNCH_BLOCKING": ((None, "0"), ("1",)),
     "OMP_NUM_THREADS": ((None, "1", "1,1"), ("0", "-1", "many", "", "100000")),
 }
@@ -358,6 +362,18 @@ def test_values_that_slow_or_change_results_are_warnings_with_advice(
         assert check.found == ("unset" if value is None else value or "empty")
         assert isinstance(check, VariableCheck)
         assert (bool(check.does), bool(check.advised)) == (True, True)
+
+
+@pytest.mark.parametrize(("version", "verdict"), [("2.9.0.post9", "ok"), ("2.13.0", "fail")])
+def test_two_settings_of_the_allocator_stop_a_torch_npu_that_reads_both(
+    version: str, verdict: str, machine: Callable[..., Machine]
+) -> None:
+    made = machine(
+        torch_npu=Package(version, True, None), environ={"PYTORCH_ALLOC_CONF": "", "PYTORCH_NPU_ALLOC_CONF": ""}
+    )
+    assert verdict_of("PYTORCH_ALLOC_CONF", None, made).verdict == verdict
+    del made.environ["PYTORCH_NPU_ALLOC_CONF"]
+    assert verdict_of("PYTORCH_ALLOC_CONF", None, made).verdict == "ok"
 
 
 def test_the_npus_variables_do_not_matter_without_torch_npu(machine: Callable[..., Machine]) -> None:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from npu_runtime.devices.cann import advise_start, read_cann_error
 from npu_runtime.devices.device import CPU, Device, parse_device
 from npu_runtime.devices.torch_import import import_torch, import_torch_npu
 from npu_runtime.errors import UnavailableError, first_line
@@ -58,14 +59,25 @@ def _start(device: Device) -> str:
         ) from error
     import torch
 
+    module = getattr(torch, device.kind)
     try:
-        return _find(device, getattr(torch, device.kind))
+        name = _find(device, module)
+        module.synchronize(device.index)  # a device that is listed may be lost or in use
     except RuntimeError as error:
-        raise UnavailableError(
-            f"{device} does not start",
-            got=first_line(error),
-            hint="npu-runtime doctor says what is missing; --device cpu runs without",
-        ) from error
+        raise _not_started(device, error) from error
+    return name
+
+
+def _not_started(device: Device, error: RuntimeError) -> UnavailableError:
+    failed = read_cann_error(error)
+    hint = "npu-runtime doctor says what is missing; --device cpu runs without"
+    if "forked subprocess" in str(error):
+        hint = "load the encoder in the process that uses it, or start that by multiprocessing.get_context('spawn')"
+    elif device.kind == "npu":
+        code = None if failed is None else failed.code
+        hint = advise_start(code, visible=device.traits.visible_variable in os.environ)
+    got = first_line(error) if failed is None else failed.text
+    return UnavailableError(f"{device} does not start", got=got, hint=hint)
 
 
 def _find(device: Device, module: Any) -> str:

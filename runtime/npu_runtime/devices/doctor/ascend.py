@@ -8,19 +8,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from npu_runtime.devices.cann import CONTAINER, FOLDERS, source_environment
 from npu_runtime.devices.device import Device
 from npu_runtime.devices.doctor.check import Check, Verdict
 from npu_runtime.devices.doctor.machine import Machine, read_fields
-from npu_runtime.devices.torch_import import SET_ENVIRONMENT
 
 HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
 """What set_env.sh sets to CANN's folder."""
-INSTALLED = ("ascend-toolkit/latest", "cann")
-"""Where CANN lies below the root; the second since 8.5."""
-CONTAINER = (
-    "in a container pass /dev/davinci*, /dev/davinci_manager, /dev/devmm_svm and /dev/hisi_hdc, and mount "
-    "/usr/local/Ascend/driver and npu-smi"
-)
 
 
 def check_cann(machine: Machine) -> Iterator[Check]:
@@ -28,15 +22,14 @@ def check_cann(machine: Machine) -> Iterator[Check]:
     folder, known = _find_cann(machine, home)
     told = _version_of_torch_npu(machine, home) or known
     if folder is not None and folder != Path(home or ""):
-        script = next((f for f in (folder / "set_env.sh", folder.parent / "set_env.sh") if f.is_file()), None)
-        advice = SET_ENVIRONMENT if script is None else f"source {script}"
+        advice = source_environment((machine.ascend,))
         amiss = "set_env.sh was not sourced" if home is None else f"the environment names {home}"
         yield Check("CANN", "warn", f"{told} in {folder}, but {amiss}", advice)
     elif told is not None:
         yield Check("CANN", "ok", told if home is None else f"{told} in {home}")
     else:
         found = "set_env.sh was not sourced" if home is None else f"no version of it in {home}"
-        yield Check("CANN", _lacking(machine), found, SET_ENVIRONMENT)
+        yield Check("CANN", _lacking(machine), found, source_environment((machine.ascend,)))
 
 
 def check_driver(machine: Machine) -> Iterator[Check]:
@@ -85,7 +78,7 @@ def _lacking(machine: Machine, otherwise: Verdict = "fail") -> Verdict:
 
 def _find_cann(machine: Machine, home: str | None) -> tuple[Path | None, str | None]:
     """CANN's folder and the version that its files tell."""
-    for folder in [*([Path(home)] if home else []), *(machine.ascend / below for below in INSTALLED)]:
+    for folder in [*([Path(home)] if home else []), *(machine.ascend / below for below in FOLDERS)]:
         for pattern in (
             "*/ascend_toolkit_install.info",
             "ascend_toolkit_install.info",

@@ -16,13 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from npu_runtime.devices.cann import ROOT
 from npu_runtime.devices.device import Device
 from npu_runtime.devices.probe import Probe, probe_device
 from npu_runtime.devices.torch_import import import_torch, import_torch_npu
 from npu_runtime.errors import UnavailableError, first_line
 
-ASCEND = Path("/usr/local/Ascend")
-"""Where the installers of CANN and of the driver put them."""
 NPU_SMI_TIMEOUT_S = 10.0
 
 _SMI_VERSION = re.compile(r"Version:\s*([\w.\-]+)|npu-smi\s+v?(\d[\w.\-]*)")
@@ -79,7 +78,7 @@ class Machine:
         self,
         environ: Mapping[str, str] | None = None,
         *,
-        ascend: Path = ASCEND,
+        ascend: Path = ROOT,
         timeout_s: float = NPU_SMI_TIMEOUT_S,
     ) -> None:
         # torch_npu changes some of the variables while it is imported.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from npu_runtime.devices.cann import CONTAINER
 from npu_runtime.devices.cores import cpu_count
 from npu_runtime.devices.device import CPU, KINDS, Device
-from npu_runtime.devices.doctor.ascend import CONTAINER
 from npu_runtime.devices.doctor.check import Check, Verdict
 from npu_runtime.devices.doctor.machine import Machine
 from npu_runtime.devices.doctor.variables import refuse_visible
@@ -54,7 +54,8 @@ def check_devices(machine: Machine, probes: dict[str, Probe], asked: Device | No
         else:
             wanted = name in ("cpu", str(asked)) or (name.startswith("npu") and machine.torch_npu.installed)
             verdict: Verdict = "fail" if wanted else "absent"
-            yield Check(name, verdict, probe.error.what, probe.error.hint)
+            cause = probe.error.got if probe.error.what.endswith("does not start") else None
+            yield Check(name, verdict, ": ".join(filter(None, (probe.error.what, cause))), probe.error.hint)
 
 
 def _probe(machine: Machine, device: Device) -> Probe:
