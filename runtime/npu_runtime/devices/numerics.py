@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from npu_runtime.devices.ambient import without_autocast
 from npu_runtime.devices.device import Device
 from npu_runtime.errors import Error, NumericsError, ProgramError, UsageError
 
@@ -247,10 +248,10 @@ def measure_arithmetic(device: torch.device) -> Arithmetic:
     import torch
     from torch.nn import functional
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def on_device(operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor | None:
         try:
@@ -262,10 +263,11 @@ def measure_arithmetic(device: torch.device) -> Arithmetic:
         got, expected = on_device(operator, *inputs), operator(*(x.double() for x in inputs))
         return None if got is None else float((got - expected).norm() / expected.norm())
 
-    with torch.inference_mode(), warnings.catch_warnings():
+    with torch.inference_mode(), without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an operator that falls back; a program that needs one is told so
-        x = torch.linspace(-4, 4, 257)
-        exact = torch.tensor([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()], dtype=torch.float64)
+        x = torch.linspace(-4, 4, 257, dtype=torch.float32, device="cpu")
+        values = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()]
+        exact = torch.tensor(values, dtype=torch.float64, device="cpu")
         gelu = on_device(functional.gelu, x)
         return Arithmetic(
             matmul=relative_l2(torch.matmul, normal(64, 256), normal(256, 64)),
