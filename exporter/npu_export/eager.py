@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 class EagerBackend:
     format = None
+    replays_graphs = True
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> TorchSession:
         """The unmodified network in the artifact's precision, with the very weights that were exported.

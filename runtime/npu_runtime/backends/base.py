@@ -101,6 +101,8 @@ class Backend(Protocol):
 
     format: str | None
     """The format of program that it opens; None where it rebuilds the network from the checkpoint."""
+    replays_graphs: bool
+    """Whether it can replay captured graphs on an accelerator. One that does not say is asked when it opens."""
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> Session:
         """A session of programs whose files were checked.

@@ -11,7 +11,7 @@ from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, Options, SessionReport, programs_of
 from npu_runtime.backends.inference_session import SessionOpener, require_provider
 from npu_runtime.devices import Device
-from npu_runtime.errors import ArtifactError, UsageError
+from npu_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,15 +23,10 @@ _TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}
 
 class OnnxRuntimeBackend:
     format = "onnx"
+    replays_graphs = False
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> OnnxRuntimeSession:
         """Raises UnavailableError as well when the device's execution provider is not in this build."""
-        if options.graph is True:
-            raise UsageError(
-                "the backend onnxruntime replays no graphs",
-                expected="graph replay with torchscript or eager",
-                got=f"graph replay with onnxruntime on {device}",
-            )
         require_provider(device)
         session = OnnxRuntimeSession(artifact, programs_of(artifact, self.format, options), device, options)
         if device.kind != "cpu":

@@ -13,7 +13,7 @@ from npu_runtime.backends.base import Array, GraphReport, Options, SessionReport
 from npu_runtime.devices import Device, cpu_count
 from npu_runtime.devices.ambient import without_autocast
 from npu_runtime.devices.numerics import HeldNumerics
-from npu_runtime.errors import ArtifactError, UsageError
+from npu_runtime.errors import ArtifactError
 from npu_runtime.torch_interop import array_from_tensor, set_threads, tensor_from_array
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ def open_torch_session(artifact: Artifact, device: Device, options: Options, pro
     Whatever fails, the numerics are put back and the device's memory is given back.
     """
     set_threads(options.threads, cpu_count())
-    if device.kind == "cpu" and options.graph is True:
-        raise UsageError("graph replay needs an accelerator", expected="device cuda:N or npu:N", got=f"device {device}")
     numerics = HeldNumerics(device, options.numerics)
     session = TorchSession(artifact, device, options, numerics)
     weakref.finalize(session, numerics.release).atexit = False  # of an encoder that nobody closed
