@@ -58,8 +58,9 @@ class SessionReport:
     """The choice, and each setting by its name in the library."""
     arithmetic: Arithmetic | None = None
     """As measured on the accelerator; None on the CPU."""
-    fallback: tuple[str, ...] = ()
-    """Operators, or nodes of a graph, that run on the CPU because that was allowed."""
+    fallback: tuple[str, ...] | None = ()
+    """Operators, or nodes of a graph, that run on the CPU because that was allowed; None where it was allowed and the
+    library does not tell which do."""
     graphs: tuple[GraphReport, ...] = ()
     """One for each batch size where replay was tried."""
 

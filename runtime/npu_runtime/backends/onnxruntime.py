@@ -48,7 +48,7 @@ class OnnxRuntimeSession:
         self._opener = SessionOpener(device, options)
         self._input = artifact.manifest.inputs[0].name
         self._open: dict[int, onnxruntime.InferenceSession] = {}
-        self._fallback: dict[str, None] = {}
+        self._fallback: tuple[str, ...] | None = ()
         self._lock = threading.Lock()
 
     def run(self, pixel_values: Images, outputs: Sequence[str]) -> list[Array]:
@@ -64,7 +64,7 @@ class OnnxRuntimeSession:
     def report(self) -> SessionReport:
         chosen = self._opener.provider_options()
         numerics = {f"{self._device.traits.provider}.{name}": value for name, value in chosen.items()}
-        return SessionReport({"numerics": self._opener.options.numerics, **numerics}, fallback=tuple(self._fallback))
+        return SessionReport({"numerics": self._opener.options.numerics, **numerics}, fallback=self._fallback)
 
     def open_all(self) -> None:
         for batch in self._programs:
@@ -81,7 +81,8 @@ class OnnxRuntimeSession:
                 self._artifact.check_files(program.needs)
                 path = self._artifact.checked_path(program.file)
                 session, on_cpu = self._opener.open(path)
-                self._fallback.update(dict.fromkeys(on_cpu))
+                known = self._fallback
+                self._fallback = None if known is None or on_cpu is None else tuple(dict.fromkeys((*known, *on_cpu)))
                 _check_signature(session, self._artifact.manifest, program)
                 self._open[batch] = session
             return self._open[batch]
