@@ -14,6 +14,7 @@ from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, Options, missing_package
 from npu_runtime.backends.torch_session import Call, TorchSession, open_torch_session
 from npu_runtime.devices import Device
+from npu_runtime.devices.ambient import torch_defaults, without_autocast
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import WeightsError
 from npu_runtime.torch_interop import array_from_tensor, tensor_from_array
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 class EagerBackend:
     format = None
+    replays_graphs = True
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> TorchSession:
         """The unmodified network in the artifact's precision, with the very weights that were exported.
@@ -45,6 +47,7 @@ class EagerBackend:
         return open_torch_session(artifact, device, options, open_network)
 
 
+@torch_defaults()
 def _rebuild(artifact: Artifact, weights: str | None) -> nn.Module:
     """The network that the artifact was frozen from, its state as recorded."""
     from npu_export.normalisation import with_input
@@ -87,5 +90,5 @@ def run_eager(module: nn.Module, pixel_values: Images) -> list[Array]:
     """All outputs of a module on the CPU, in its order."""
     import torch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), without_autocast("cpu"):
         return [array_from_tensor(tensor) for tensor in module(tensor_from_array(pixel_values))]

@@ -32,6 +32,7 @@ from npu_runtime.artifact.schema import (
 from npu_runtime.artifact.staging import stage
 from npu_runtime.artifact.store import Artifact, RecordedFile, open_artifact, record_file
 from npu_runtime.devices import CPU
+from npu_runtime.devices.ambient import torch_defaults
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import Error, ParityError
 from npu_runtime.parity.records import Step
@@ -99,6 +100,7 @@ def export(
     return run_export(plan_export(request, weights, watch), watch)
 
 
+@torch_defaults()
 def run_export(plan: ExportPlan, steps: Steps) -> Path:
     """Carry out a plan; see `export`."""
     request = plan.request

@@ -25,6 +25,7 @@ from npu_runtime.artifact.schema import (
     variant_name,
 )
 from npu_runtime.artifact.staging import check_output
+from npu_runtime.devices.ambient import torch_defaults
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import UnavailableError, UsageError
 from npu_runtime.parity.sketch import WIDTH
@@ -190,10 +191,11 @@ def plan_export(request: Request, weights: str | None, steps: Steps | None = Non
         if "onnx" in request.formats:
             _check_opset(request.opset)
             require_kernels(request.precision)
-        checkpoint = find_weights(request.encoder, weights, request.layout, watch)
-        plan = plan_weights(
-            request.encoder, checkpoint, request.layout, prefix=request.prefix, resample=request.resample
-        )
+        with torch_defaults():
+            checkpoint = find_weights(request.encoder, weights, request.layout, watch)
+            plan = plan_weights(
+                request.encoder, checkpoint, request.layout, prefix=request.prefix, resample=request.resample
+            )
         watch.detail(f"{checkpoint.source}: {plan.why}")
         return ExportPlan(request, plan, resolve_preprocessing(plan, request.preprocess))
 

@@ -55,10 +55,10 @@ def load(
     setting of the whole process; without it the backend chooses, and no more than the cores that the process may
     use, limits of its cgroups included. `weights` says where the checkpoint lies now, for `eager`.
 
-    `numerics` is `strict`, float32 as float32 and GELU exact, or `fast`, the device's shortcuts; torch's are
-    settings of the process, held while the encoder is open. `graph` replays captured graphs on an accelerator:
-    `auto` where that works and is faster, True or an error, False never. An operator without a kernel for the
-    device is an error unless `allow_fallback` has it run on the CPU, which `report` then tells.
+    `numerics` is `strict`, float32 as float32 and GELU exact, or `fast`, the device's shortcuts, of which the CPU has
+    none; torch's are settings of the process, held while the encoder is open. `graph` replays captured graphs on an
+    accelerator: `auto` where that works and is faster, True or an error, False never. An operator without a kernel
+    for the device is an error unless `allow_fallback` has it run on the CPU, which `report` then tells.
 
     The files that the backend opens are hashed first. Raises ArtifactError when the artifact is
     missing, changed or too new, UsageError for a backend, batch size or device that does not exist,
@@ -67,7 +67,7 @@ def load(
     """
     from npu_runtime.artifact.store import Artifact, open_artifact
     from npu_runtime.backends.base import Options
-    from npu_runtime.backends.table import backend_name, choose_backend, find_backend
+    from npu_runtime.backends.table import backend_name, choose_backend, find_backend, require_replay
     from npu_runtime.devices import require_device
     from npu_runtime.devices.numerics import NUMERICS
 
@@ -75,6 +75,8 @@ def load(
     target = require_device(device)
     name = choose_backend(artifact.manifest, target) if backend is None else backend_name(backend)
     opener = find_backend(name)
+    if graph is True:
+        require_replay(name, target)
     frozen = sorted({p.batch for p in artifact.manifest.programs_for(opener.format)})
     if not frozen:
         raise UsageError(
@@ -85,14 +87,7 @@ def load(
             hint=f"export it again with --format {opener.format}",
         )
     chosen = frozen if batches is None else sorted(set(batches))
-    if not chosen or set(chosen) - set(frozen):
-        raise UsageError(
-            "the artifact was not frozen for this batch size",
-            where=artifact.path,
-            expected=", ".join(map(str, frozen)),
-            got=", ".join(map(str, chosen)) or "none",
-            hint="export it again with --batch",
-        )
+    require_frozen(artifact, chosen, frozen)
     if threads is not None and threads < 1:
         raise UsageError("threads must be positive", expected="1 or more", got=threads)
     if numerics not in NUMERICS:
@@ -100,6 +95,18 @@ def load(
     options = Options(tuple(chosen), threads, weights, numerics, graph, allow_fallback)
     session = opener.open(artifact, target, options)
     return Encoder(artifact, name, target, chosen, session)
+
+
+def require_frozen(artifact: Artifact, batches: Sequence[int], frozen: Sequence[int]) -> None:
+    """Raise UsageError unless `batches` are some of the `frozen` sizes."""
+    if not batches or set(batches) - set(frozen):
+        raise UsageError(
+            "the artifact was not frozen for this batch size",
+            where=artifact.path,
+            expected=", ".join(map(str, frozen)),
+            got=", ".join(map(str, batches)) or "none",
+            hint="export it again with --batch",
+        )
 
 
 class Encoder:

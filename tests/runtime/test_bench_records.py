@@ -188,6 +188,18 @@ def test_a_record_of_schema_1_0_is_read_as_one_without_what_came_later() -> None
     assert [start.backend for start in old.cold] == ["torchscript", "onnxruntime"]
 
 
+def test_a_record_of_schema_1_1_is_read_with_the_fallback_that_it_tells() -> None:
+    old = read_record(RECORDS / "bench-1.1.json")
+    assert {name: report.fallback for name, report in old.conditions.items()} == dict.fromkeys(BACKENDS, ())
+
+
+def test_a_fallback_that_is_unknown_survives_and_is_not_taken_for_none(record: BenchRecord) -> None:
+    unknown = dataclasses.replace(record, conditions={"onnxruntime": SessionReport({}, fallback=None)})
+    none = dataclasses.replace(record, conditions={"onnxruntime": SessionReport({}, fallback=())})
+    assert decode_record(encode_record(unknown), "r") == unknown
+    assert "fallback of onnxruntime: none and unknown" in differences(none, unknown)
+
+
 def delete(document: dict[str, Any]) -> object:
     return document.pop("rows")
 

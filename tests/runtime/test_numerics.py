@@ -159,3 +159,62 @@ assert switch.fp32_precision == "bf16"
 """
     done = subprocess.run([sys.executable, "-c", code, str(tiny_artifact)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has the older switches alone"
+)
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_torch_tells_its_precision_while_settings_are_held_and_afterwards(kind: str, before: str) -> None:
+    """In a process of its own: torch raises where one of its older switches is read and newer ones disagree with it."""
+    code = """
+import sys, torch
+from npu_runtime.devices import Device
+from npu_runtime.devices.numerics import HeldNumerics
+
+def tells():
+    backends = torch.backends
+    cpu = backends.mkldnn
+    newer = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, cpu.matmul, cpu.conv]
+    return (
+        backends.cuda.matmul.allow_tf32,
+        backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        getattr(backends.mkldnn, "allow_tf32", None),
+        *(holder.fp32_precision for holder in newer),
+    )
+
+kind, precision = sys.argv[1:]
+torch.set_float32_matmul_precision(precision)
+before = tells()
+for numerics, tf32 in (("strict", False), ("fast", True)):
+    with HeldNumerics(Device(kind, 0), numerics) as held:
+        held.check()
+        if kind == "cuda":
+            assert tells()[:2] == (tf32, tf32)
+            assert tells()[4:7] == ("tf32" if tf32 else "ieee",) * 3
+        assert tells()[7:] == ("ieee", "ieee"), "the CPU's"
+    assert tells() == before
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, kind, before], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_switches_that_disagree_already_are_held_and_left_as_they_were() -> None:
+    code = """
+import torch
+from npu_runtime.devices import Device
+from npu_runtime.devices.numerics import HeldNumerics
+
+torch.backends.cudnn.rnn.fp32_precision = "ieee"
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+with HeldNumerics(Device("cuda", 0), "strict") as held:
+    held.check()
+    assert torch.backends.cudnn.allow_tf32 is False
+assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
+"""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")

@@ -11,8 +11,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from npu_runtime import UnavailableError, UsageError, load
+from npu_runtime import ArtifactError, UnavailableError, UsageError, load
 from npu_runtime.backends import inference_session as backend
+from npu_runtime.cli.console import print_conditions
 from npu_runtime.devices import Device
 
 CPU = "CPUExecutionProvider"
@@ -25,7 +26,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Asked]:
     """An onnxruntime build with the CANN provider, of which the CPU does the arithmetic, and what it was asked for."""
     real = onnxruntime.InferenceSession
 
-    def install(on_cpu: Sequence[str] = (), falls_back: bool = False) -> Asked:
+    def install(on_cpu: Sequence[str] = (), falls_back: bool = False, tells: bool = True) -> Asked:
         asked: Asked = []
 
         class Session:
@@ -54,8 +55,12 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Asked]:
                 ]
 
             def __getattr__(self, name: str) -> Any:
+                if name == "get_provider_graph_assignment_info":  # of the session behind, where this class lacks it
+                    raise AttributeError(name)
                 return getattr(self._session, name)
 
+        if not tells:
+            del Session.get_provider_graph_assignment_info
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CANN, CPU])
         return asked
@@ -109,6 +114,27 @@ def test_nodes_on_the_cpu_that_were_allowed_are_reported(tiny_artifact: Path, bu
     build(on_cpu=["LayerNormalization"] * 3)
     with load(tiny_artifact, backend="onnx", device="npu:0", allow_fallback=True) as encoder:
         assert encoder.report().fallback == ("LayerNormalization (3)",)
+
+
+def test_without_the_api_that_tells_where_nodes_run_the_fallback_is_unknown(
+    tiny_artifact: Path, build: Callable[..., Asked], capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(on_cpu=["LayerNormalization"], tells=False)
+    with load(tiny_artifact, backend="onnx", device="npu:0", allow_fallback=True) as encoder:
+        report = encoder.report()
+    assert report.fallback is None
+    print_conditions({"onnxruntime": report})
+    assert "fallback  onnxruntime: allowed, and unknown" in capsys.readouterr().out
+    with pytest.raises(ArtifactError, match="does not open this program"):
+        load(tiny_artifact, backend="onnx", device="npu:0")
+
+
+def test_without_that_api_there_is_no_fallback_where_it_was_not_allowed(
+    tiny_artifact: Path, build: Callable[..., Asked]
+) -> None:
+    build(tells=False)
+    with load(tiny_artifact, backend="onnx", device="npu:0") as encoder:
+        assert encoder.report().fallback == ()
 
 
 def test_the_cpu_is_asked_for_nothing_of_this(tiny_artifact: Path) -> None:

@@ -85,6 +85,22 @@ def test_a_record_of_a_newer_minor_is_read_and_of_a_newer_major_refused(
         decode_record(json.dumps({**document, "schema": f"{SCHEMA_MAJOR + 1}.0"}), "r")
 
 
+def test_a_record_of_schema_1_1_is_read_with_the_fallback_that_it_tells() -> None:
+    old = read_record(Path(__file__).parents[1] / "data" / "records" / "parity-1.1.json")
+    assert [(step.backend, step.conditions.fallback) for step in old.steps if step.conditions is not None] == [
+        ("eager", ()),
+        ("onnxruntime", ()),
+    ]
+
+
+def test_a_fallback_that_is_unknown_survives(record: ParityRecord) -> None:
+    step = record.steps[2]
+    assert step.conditions is not None
+    changed = dataclasses.replace(step, conditions=dataclasses.replace(step.conditions, fallback=None))
+    unknown = dataclasses.replace(record, steps=(*record.steps[:2], changed))
+    assert decode_record(encode_record(unknown), "r") == unknown
+
+
 def delete(document: dict[str, Any]) -> object:
     return document.pop("steps")
 

@@ -18,6 +18,7 @@ from pages import Page, markdown_tables
 
 import npu_runtime.report
 from npu_runtime.artifact.schema import MANIFEST_NAME
+from npu_runtime.backends.base import SessionReport
 from npu_runtime.bench.records import BenchRecord, LoadRow, Stages
 from npu_runtime.cli import bench as bench_command_line
 from npu_runtime.cli import parity as parity_command_line
@@ -152,6 +153,23 @@ def test_a_localisation_is_told_in_the_language_of_the_report(parity: Any) -> No
         localised = Localisation("onnxruntime", "cpu", "onnx", 1, boundaries, first, plain, probed)
         _, page, _ = report_of(dataclasses.replace(parity, localised=(localised,)), language="zh")
         assert told in Page(page).words
+
+
+@pytest.mark.parametrize(("language", "told"), [("en", "is unknown"), ("zh", "未知")])
+def test_a_fallback_that_is_unknown_is_told_and_the_command_allows_it(
+    bench: BenchRecord, parity: Any, language: str, told: str
+) -> None:
+    step = parity.steps[-1]
+    unknown = dataclasses.replace(step, conditions=dataclasses.replace(step.conditions, fallback=None))
+    parity = dataclasses.replace(parity, steps=(*parity.steps[:-1], unknown))
+    bench = dataclasses.replace(
+        bench, conditions={**bench.conditions, "onnxruntime": SessionReport({"numerics": "strict"}, fallback=None)}
+    )
+    assert "--allow-fallback" in parity_command(parity)
+    for record in (parity, bench):
+        _, page, markdown = report_of(record, language=language)
+        assert told in Page(page).words
+        assert told in markdown
 
 
 def test_figures_that_are_not_finite_are_shown_and_fail(parity: Any) -> None:

@@ -58,8 +58,9 @@ class SessionReport:
     """The choice, and each setting by its name in the library."""
     arithmetic: Arithmetic | None = None
     """As measured on the accelerator; None on the CPU."""
-    fallback: tuple[str, ...] = ()
-    """Operators, or nodes of a graph, that run on the CPU because that was allowed."""
+    fallback: tuple[str, ...] | None = ()
+    """Operators, or nodes of a graph, that run on the CPU because that was allowed; None where it was allowed and the
+    library does not tell which do."""
     graphs: tuple[GraphReport, ...] = ()
     """One for each batch size where replay was tried."""
 
@@ -101,6 +102,8 @@ class Backend(Protocol):
 
     format: str | None
     """The format of program that it opens; None where it rebuilds the network from the checkpoint."""
+    replays_graphs: bool
+    """Whether it can replay captured graphs on an accelerator. One that does not say is asked when it opens."""
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> Session:
         """A session of programs whose files were checked.

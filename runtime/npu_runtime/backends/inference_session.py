@@ -67,17 +67,19 @@ class SessionOpener:
     def provider_options(self) -> Mapping[str, str]:
         return PROVIDER_OPTIONS[self.device.kind][self.options.numerics]
 
-    def open(self, path: Path, added: Sequence[str] = ()) -> tuple[onnxruntime.InferenceSession, tuple[str, ...]]:
+    def open(
+        self, path: Path, added: Sequence[str] = ()
+    ) -> tuple[onnxruntime.InferenceSession, tuple[str, ...] | None]:
         """A session of a graph, with the values `added` to its outputs, and the nodes that run on the CPU instead.
 
-        There are such nodes only where that was allowed. Raises UnavailableError naming them where it was not,
-        and ArtifactError where onnxruntime does not open the graph.
+        There are such nodes only where that was allowed; None where this onnxruntime does not tell them. Raises
+        UnavailableError naming them where it was not, and ArtifactError where onnxruntime does not open the graph.
         """
         if self.device.kind == "cpu":
             return self._session(path, added, fallback=True), ()
         if self.options.allow_fallback:
             session = self._session(path, added, fallback=True)
-            return session, tuple(_nodes_on_cpu(session))
+            return session, _nodes_on_cpu(session)
         try:
             session = self._session(path, added, fallback=False)
         except ArtifactError as error:
@@ -139,7 +141,7 @@ class SessionOpener:
             nodes = _nodes_on_cpu(self._session(path, added, fallback=True))
         except ArtifactError:
             return error
-        if not nodes:
+        if not nodes:  # none, or not told
             return error
         return UnavailableError(
             f"{self.device.traits.provider} does not run nodes of this graph, which would run on the CPU",
@@ -150,14 +152,17 @@ class SessionOpener:
         )
 
 
-def _nodes_on_cpu(session: onnxruntime.InferenceSession) -> list[str]:
-    """`LayerNormalization (12)`: operators of the nodes that the CPU was given, with their number."""
+def _nodes_on_cpu(session: onnxruntime.InferenceSession) -> tuple[str, ...] | None:
+    """`LayerNormalization (12)`: operators of the nodes that the CPU was given, with their number.
+
+    None where this onnxruntime has no API that tells.
+    """
     if not hasattr(session, "get_provider_graph_assignment_info"):
-        return []
+        return None
     counts = Counter(
         node.op_type
         for subgraph in session.get_provider_graph_assignment_info()
         if subgraph.ep_name == KINDS["cpu"].provider
         for node in subgraph.get_nodes()
     )
-    return [f"{name} ({count})" for name, count in counts.items()]
+    return tuple(f"{name} ({count})" for name, count in counts.items())

@@ -11,7 +11,7 @@ from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, Options, SessionReport, programs_of
 from npu_runtime.backends.inference_session import SessionOpener, require_provider
 from npu_runtime.devices import Device
-from npu_runtime.errors import ArtifactError, UsageError
+from npu_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,15 +23,10 @@ _TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}
 
 class OnnxRuntimeBackend:
     format = "onnx"
+    replays_graphs = False
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> OnnxRuntimeSession:
         """Raises UnavailableError as well when the device's execution provider is not in this build."""
-        if options.graph is True:
-            raise UsageError(
-                "the backend onnxruntime replays no graphs",
-                expected="graph replay with torchscript or eager",
-                got=f"graph replay with onnxruntime on {device}",
-            )
         require_provider(device)
         session = OnnxRuntimeSession(artifact, programs_of(artifact, self.format, options), device, options)
         if device.kind != "cpu":
@@ -53,7 +48,7 @@ class OnnxRuntimeSession:
         self._opener = SessionOpener(device, options)
         self._input = artifact.manifest.inputs[0].name
         self._open: dict[int, onnxruntime.InferenceSession] = {}
-        self._fallback: dict[str, None] = {}
+        self._fallback: tuple[str, ...] | None = ()
         self._lock = threading.Lock()
 
     def run(self, pixel_values: Images, outputs: Sequence[str]) -> list[Array]:
@@ -69,7 +64,7 @@ class OnnxRuntimeSession:
     def report(self) -> SessionReport:
         chosen = self._opener.provider_options()
         numerics = {f"{self._device.traits.provider}.{name}": value for name, value in chosen.items()}
-        return SessionReport({"numerics": self._opener.options.numerics, **numerics}, fallback=tuple(self._fallback))
+        return SessionReport({"numerics": self._opener.options.numerics, **numerics}, fallback=self._fallback)
 
     def open_all(self) -> None:
         for batch in self._programs:
@@ -86,7 +81,8 @@ class OnnxRuntimeSession:
                 self._artifact.check_files(program.needs)
                 path = self._artifact.checked_path(program.file)
                 session, on_cpu = self._opener.open(path)
-                self._fallback.update(dict.fromkeys(on_cpu))
+                known = self._fallback
+                self._fallback = None if known is None or on_cpu is None else tuple(dict.fromkeys((*known, *on_cpu)))
                 _check_signature(session, self._artifact.manifest, program)
                 self._open[batch] = session
             return self._open[batch]

@@ -13,6 +13,7 @@ from npu_runtime.backends.base import Array, Options, missing_package, programs_
 from npu_runtime.backends.probed import Place, ProbedCall, Value
 from npu_runtime.backends.torchscript import open_entry_points
 from npu_runtime.devices import Device, cpu_count
+from npu_runtime.devices.ambient import without_autocast
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import ArtifactError, UnavailableError
@@ -113,13 +114,16 @@ class ProbedTorchScript:
         graph.registerOutput(joined.output())
         return getattr(torch._C, FROM_GRAPH)("probed", graph)
 
-    def _current(self) -> AbstractContextManager[object]:
-        """A context in which the device is torch's current one."""
-        if self._device.kind == "cpu":
-            return contextlib.nullcontext()
-        from npu_runtime.devices.accelerator import Accelerator
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """The device is torch's current one, and nothing is cast."""
+        current: AbstractContextManager[object] = contextlib.nullcontext()
+        if self._device.kind != "cpu":
+            from npu_runtime.devices.accelerator import Accelerator
 
-        return Accelerator(self._device).current()
+            current = Accelerator(self._device).current()
+        with current, without_autocast(self._device.kind):
+            yield
 
 
 def _tensors_by_place(graph: Any) -> dict[str, Any]:

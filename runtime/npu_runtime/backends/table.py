@@ -59,6 +59,36 @@ def find_backend(name: str) -> Backend:
     return factory()
 
 
+def require_replay(name: str, device: Device) -> None:
+    """Raise UsageError where a backend cannot replay graphs on a device, which `graph=True` asks for.
+
+    Nothing is opened, and the device need not be here.
+    """
+    require_accelerator(device)
+    if not getattr(find_backend(name), "replays_graphs", True):
+        raise UsageError(
+            f"the backend {backend_name(name)} replays no graphs",
+            expected="graph replay with torchscript or eager",
+            got=f"graph replay with {backend_name(name)} on {device}",
+        )
+
+
+def require_eager_for(weights: str | None) -> None:
+    """Raise UnavailableError where a checkpoint is named that only eager would read, and eager is not installed."""
+    if weights is not None and EAGER not in backend_names():
+        raise UnavailableError(
+            "--weights is for eager, which is not installed",
+            got=f"--weights {weights}",
+            hint="eager comes with pip install 'npu-export[export]'",
+        )
+
+
+def require_accelerator(device: Device) -> None:
+    """Raise UsageError for graph replay on the CPU, which has none."""
+    if device.kind == "cpu":
+        raise UsageError("graph replay needs an accelerator", expected="device cuda:N or npu:N", got=f"device {device}")
+
+
 def choose_backend(manifest: Manifest, device: Device) -> str:
     """The backend that runs this artifact on this device when none is named."""
     for format in ORDER[device.kind]:

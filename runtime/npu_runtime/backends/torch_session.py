@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, GraphReport, Options, SessionReport, StageTimes
 from npu_runtime.devices import Device, cpu_count
+from npu_runtime.devices.ambient import without_autocast
 from npu_runtime.devices.numerics import HeldNumerics
-from npu_runtime.errors import ArtifactError, UsageError
+from npu_runtime.errors import ArtifactError
 from npu_runtime.torch_interop import array_from_tensor, set_threads, tensor_from_array
 
 if TYPE_CHECKING:
@@ -36,13 +37,12 @@ def open_torch_session(artifact: Artifact, device: Device, options: Options, pro
     Whatever fails, the numerics are put back and the device's memory is given back.
     """
     set_threads(options.threads, cpu_count())
-    if device.kind == "cpu" and options.graph is True:
-        raise UsageError("graph replay needs an accelerator", expected="device cuda:N or npu:N", got=f"device {device}")
     numerics = HeldNumerics(device, options.numerics)
     session = TorchSession(artifact, device, options, numerics)
     weakref.finalize(session, numerics.release).atexit = False  # of an encoder that nobody closed
     try:
-        session.open(programs)
+        with without_autocast(device.kind):
+            session.open(programs)
     except BaseException:
         session.close()
         raise
@@ -102,7 +102,7 @@ class TorchSession:
                 return program.run(pixel_values, wanted)
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), without_autocast("cpu"):
             results = self._calls[batch](tensor_from_array(pixel_values))
         self._check_results(results, batch)
         return [array_from_tensor(results[index]) for index in wanted]
@@ -133,7 +133,7 @@ class TorchSession:
     def _on_device(self, batch: int) -> Iterator[DeviceProgram]:
         """The program of a batch size, for one caller at a time."""
         self._prepared[batch].accelerator.check_process()  # before the lock, which a fork may have copied locked
-        with self._lock:
+        with self._lock, without_autocast(self._device.kind):
             yield self._prepared[batch]
 
     def _check_results(self, results: object, batch: int) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 class TorchScriptBackend:
     format = "torchscript"
+    replays_graphs = True
 
     def open(self, artifact: Artifact, device: Device, options: Options) -> TorchSession:
         try:

@@ -130,7 +130,8 @@ def differences(old: BenchRecord, new: BenchRecord) -> tuple[str, ...]:
 def _conditions(report: SessionReport) -> dict[str, object]:
     """What a session's speed depends on; what was measured on the way is left out."""
     graphs = {f"graph replay of batch {graph.batch}": graph.replayed for graph in report.graphs}
-    return {**report.numerics, "fallback": report.fallback, **graphs}
+    fallback = "unknown" if report.fallback is None else report.fallback
+    return {**report.numerics, "fallback": fallback, **graphs}
 
 
 def _accelerator(record: BenchRecord) -> tuple[str | None, ...]:

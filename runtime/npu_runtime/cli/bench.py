@@ -27,7 +27,7 @@ from npu_runtime.cli.options import (
     run_options,
 )
 from npu_runtime.devices import cpu_count, parse_device
-from npu_runtime.encoder import RunOptions
+from npu_runtime.encoder import RunOptions, require_frozen
 from npu_runtime.environment import describe_accelerator, describe_environment
 from npu_runtime.errors import UsageError
 
@@ -135,15 +135,9 @@ def command(
     load_seconds = LOAD_SECONDS if seconds is None else seconds
     old = None if against is None else read_record(against)
     opened = open_artifact(artifact)
-    frozen = {program.batch for program in opened.manifest.programs}
-    batches = tuple(dict.fromkeys(batch or sorted(frozen)))
-    if set(batches) - frozen:
-        raise UsageError(
-            "the artifact was not frozen for this batch size",
-            where=opened.path,
-            expected=", ".join(map(str, sorted(frozen))),
-            got=", ".join(map(str, batches)),
-        )
+    frozen = sorted({program.batch for program in opened.manifest.programs})
+    batches = tuple(dict.fromkeys(batch or frozen))
+    require_frozen(opened, batches, frozen)
     environment, start = describe_environment(), time.monotonic()
     threads = how["threads"] = how["threads"] or cpu_count()
     kept = Kept()

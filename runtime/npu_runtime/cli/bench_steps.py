@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import StageTimes
-from npu_runtime.backends.table import EAGER, FORMATS, backend_name, backend_names
+from npu_runtime.backends.table import EAGER, FORMATS, backend_name, backend_names, require_eager_for, require_replay
 from npu_runtime.bench.cold import ColdStart, start_cold
 from npu_runtime.bench.measure import STAGE_ROUNDS, measure_latency, measure_stages
 from npu_runtime.bench.statistics import compare_paired, is_narrow
 from npu_runtime.bench.throughput import SLICES, Load, measure_throughput
 from npu_runtime.cli.console import StepProgress
+from npu_runtime.devices import parse_device
 from npu_runtime.encoder import Encoder, RunOptions, load
 from npu_runtime.errors import Error, UnavailableError, UsageError
 from npu_runtime.steps import Advance
@@ -90,11 +91,10 @@ def open_encoders(
     if weights is not None and EAGER not in wanted:
         raise UsageError("--weights is for eager, which is not among the backends", got=", ".join(wanted))
     encoders: dict[str, Encoder] = {}
-    not_run: dict[str, str] = {}
+    not_run = _without_opening(wanted, how, named=bool(named), weights=weights)
     steps = StepProgress()
     for name in dict.fromkeys(wanted):
-        if not named and name == EAGER and EAGER not in backend_names():
-            not_run[name] = "it comes with npu-export's extra `export`, which is not installed"
+        if name in not_run:
             continue
         own_weights = weights if name == EAGER else None
         try:
@@ -113,6 +113,23 @@ def open_encoders(
             "no backend can run here", got="; ".join(f"{name}: {reason}" for name, reason in not_run.items())
         )
     return encoders, not_run
+
+
+def _without_opening(wanted: Sequence[str], how: RunOptions, *, named: bool, weights: str | None) -> dict[str, str]:
+    """The reasons of backends that cannot run whatever the artifact holds; a named one is an error."""
+    not_run: dict[str, str] = {}
+    if not named and EAGER not in backend_names():
+        require_eager_for(weights)
+        not_run[EAGER] = "it comes with npu-export's extra `export`, which is not installed"
+    for name in wanted:
+        if how["graph"] is True and name not in not_run:
+            try:
+                require_replay(name, parse_device(how["device"]))
+            except UsageError as error:
+                if named:
+                    raise
+                not_run[name] = error.what
+    return not_run
 
 
 def time_cold_starts(

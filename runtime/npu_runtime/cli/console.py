@@ -78,7 +78,10 @@ def print_conditions(reports: Mapping[str, SessionReport]) -> None:
                 differs = graph.max_abs_difference
                 told += f", differs by {differs:.1e}" if differs else ", equal to a plain call bit for bit"
             print_line(f"graph     {backend} batch {graph.batch}: {told}", warn=bool(graph.max_abs_difference))
-        if report.fallback:
+        if report.fallback is None:
+            told = "allowed, and unknown: this version of the library does not tell what runs on the CPU"
+            print_line(f"fallback  {backend}: {told}", warn=True)
+        elif report.fallback:
             print_line(f"fallback  {backend}: on the CPU, as was allowed: {', '.join(report.fallback)}", warn=True)
 
 

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from npu_runtime.artifact.staging import check_new_file
+from npu_runtime.artifact.store import open_artifact
+from npu_runtime.backends.table import choose_backend, require_replay
 from npu_runtime.bulk.formats import Rows, check_format
 from npu_runtime.bulk.partial import BAD, NAMES, check_replaceable, clean_finished, open_partial, side_file
 from npu_runtime.bulk.run import Counts, embed_list, write_list
 from npu_runtime.bulk.sources import expand, find_images
 from npu_runtime.cli.console import StepProgress, narration, print_conditions, print_json, print_line, print_weights
 from npu_runtime.cli.options import artifact_argument, json_option, quiet_option, run_options, threads_option
+from npu_runtime.devices import parse_device
 from npu_runtime.encoder import Encoder, RunOptions, load
 from npu_runtime.errors import InputError, UsageError
 from npu_runtime.structured import to_json
@@ -77,6 +80,9 @@ def command(
     bytes that are no UTF-8 with escapes. OUTPUT appears when it is whole; an interrupted run keeps its rows in
     .OUTPUT.partial for --resume, which gives the same file as one run, bit for bit.
     """
+    if how["graph"] is True:
+        device = parse_device(how["device"])
+        require_replay(backend or choose_backend(open_artifact(artifact).manifest, device), device)
     check_format(output)
     clean_finished(output)
     check_new_file(output, force=force)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from npu_runtime.backends.table import require_accelerator
 from npu_runtime.cli.console import QUIET
 from npu_runtime.devices import parse_device
 from npu_runtime.devices.numerics import NUMERICS
@@ -29,7 +30,7 @@ numerics_option = click.option(
     type=click.Choice(NUMERICS),
     default="strict",
     show_default=True,
-    help="strict: float32 is float32, GELU is exact. fast: the device's shortcuts, HF32 or TF32.",
+    help="strict: float32 is float32, GELU is exact. fast: the device's shortcuts, HF32 or TF32; the CPU has none.",
 )
 graph_option = click.option(
     "--graph",
@@ -62,11 +63,18 @@ quiet_option = click.option(
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """--device, --numerics, --graph and --allow-fallback, which the command passes on to `load`."""
+    """--device, --numerics, --graph and --allow-fallback, which the command passes on to `load`.
+
+    On the CPU there are no graphs, so `--graph on` is refused; there are no shortcuts, so that both numerics are one;
+    and everything runs on it, with or without --allow-fallback.
+    """
 
     @functools.wraps(command)
     def prepared(*arguments: object, **options: Any) -> None:
-        if parse_device(options["device"]).kind == "npu" and not options["allow_fallback"]:
+        device = parse_device(options["device"])
+        if options["graph"] is True:
+            require_accelerator(device)
+        if device.kind == "npu" and not options["allow_fallback"]:
             # torch_npu reads it once. A library leaves the process's environment alone; this process is ours.
             os.environ.setdefault("TORCH_NPU_FALLBACK_CPU_DISABLE", "1")
         command(*arguments, **options)

@@ -14,15 +14,15 @@ import numpy as np
 from npu_runtime.artifact.schema import Manifest, Tolerance
 from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Artifact, open_artifact
-from npu_runtime.backends.table import EAGER, backend_name
+from npu_runtime.backends.table import EAGER, backend_name, require_eager_for, require_replay
 from npu_runtime.cli.console import INTERRUPTED, StepProgress, print_error, print_line
 from npu_runtime.cli.options import artifact_argument, json_option, quiet_option, run_options, threads_option
 from npu_runtime.cli.parity_tables import print_parity
 from npu_runtime.devices import parse_device
-from npu_runtime.encoder import RunOptions
+from npu_runtime.encoder import RunOptions, require_frozen
 from npu_runtime.errors import Error, InputError, ParityError, UnavailableError
 from npu_runtime.parity.inputs import DEFAULT_SEEDS, Inputs, InputSource, array_inputs, image_inputs, seeded_inputs
-from npu_runtime.parity.ladder import Ladder, WorstInput, plan_ladder
+from npu_runtime.parity.ladder import Ladder, WorstInput, options_on, plan_ladder
 from npu_runtime.parity.localise import localise, require_probes
 from npu_runtime.parity.profiles import PROFILES
 from npu_runtime.parity.record_files import encode_record
@@ -124,6 +124,12 @@ def command(
         require_probes(opened)
     overridden = tuple(_parse_tolerance(text, opened.manifest) for text in limits)
     opened = _with_tolerances(opened, overridden)
+    require_eager_for(weights)
+    if batch is not None:
+        require_frozen(opened, (batch,), sorted({program.batch for program in opened.manifest.programs}))
+    if how["graph"] is True:
+        for name in backends:
+            require_replay(name, parse_device(how["device"]))
     rungs = plan_ladder(opened.manifest, how["device"], [backend_name(name) for name in backends])
     progress = StepProgress()
     start = time.monotonic()
@@ -141,7 +147,7 @@ def command(
         if look_inside:
             for step in _programs_to_look_into(ladder.steps, how["device"]):
                 with progress.step(f"look into {step.title}"):
-                    here: RunOptions = {**how, "device": step.device}
+                    here = options_on(step.device, how)
                     localised.append(localise(opened, backend=step.backend, watch=progress, **here))
     except KeyboardInterrupt:
         interrupted = True

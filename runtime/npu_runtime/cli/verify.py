@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from npu_runtime.artifact.store import open_artifact
-from npu_runtime.backends.table import backend_name
+from npu_runtime.backends.table import backend_name, require_replay
 from npu_runtime.cli.console import StepProgress, print_error, print_line
 from npu_runtime.cli.options import artifact_argument, json_option, quiet_option, run_options, threads_option
 from npu_runtime.cli.parity_tables import print_parity
+from npu_runtime.devices import Device, parse_device
 from npu_runtime.encoder import RunOptions
-from npu_runtime.errors import ParityError, UnavailableError
+from npu_runtime.errors import ParityError, UnavailableError, UsageError
 from npu_runtime.parity.inputs import Inputs, reference_inputs
 from npu_runtime.parity.record_files import encode_record
 from npu_runtime.parity.records import Step, make_record, not_run
@@ -39,19 +41,27 @@ def command(artifact: str, backend: str | None, as_json: bool, **how: Unpack[Run
     """
     opened = open_artifact(artifact)
     formats = opened.manifest.formats()
+    not_replayed = {} if how["graph"] is not True else _without_replay(backend, formats, parse_device(how["device"]))
     progress = StepProgress()
     start = time.monotonic()
     with progress.step("hash the files"):
         opened.check_files(watch=progress)
     steps: list[Step] = []
+    absent: UnavailableError | None = None
     for name in [backend] if backend else map(backend_name, formats):
+        if name in not_replayed:
+            steps.append(not_run(name, how["device"], opened.manifest.precision, not_replayed[name]))
+            continue
         try:
             with progress.step(f"run {name}"):
                 steps += measure_parity(opened, backend=name, watch=progress, **how)
-        except UnavailableError as absent:
-            if backend or (not any(step.outputs for step in steps) and len(steps) + 1 == len(formats)):
+        except UnavailableError as unavailable:
+            if backend:
                 raise
-            steps.append(not_run(name, how["device"], opened.manifest.precision, absent.what))
+            absent = unavailable
+            steps.append(not_run(name, how["device"], opened.manifest.precision, unavailable.what))
+    if absent is not None and all(step.status == "not run" for step in steps):
+        raise absent
     record = make_record(
         "verify",
         opened,
@@ -80,3 +90,16 @@ def command(artifact: str, backend: str | None, as_json: bool, **how: Unpack[Run
     if error is not None:
         print_error(error)
         click.get_current_context().exit(error.exit_code)
+
+
+def _without_replay(backend: str | None, formats: Sequence[str], device: Device) -> dict[str, str]:
+    """The backends that replay no graphs, with the reason; raises UsageError for one that is named or the only one."""
+    found: dict[str, str] = {}
+    for name in [backend] if backend else map(backend_name, formats):
+        try:
+            require_replay(name, device)
+        except UsageError as error:
+            if backend or len(found) + 1 == len(formats):
+                raise
+            found[name] = error.what
+    return found

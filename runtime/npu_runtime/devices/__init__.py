@@ -2,8 +2,8 @@
 
 `device` spells them and holds what differs between their kinds, `cores` counts those of the CPU that the process may
 use, `probe` says whether a device can run programs and why not, `accelerator` drives one through torch, `numerics`
-states how exact its arithmetic is, `operators` finds what would run on the CPU instead. Importing this package imports
-no torch.
+states how exact its arithmetic is, `ambient` keeps a caller's settings of torch out of it, `operators` finds what
+would run on the CPU instead. Importing this package imports no torch.
 """
 
 from npu_runtime.devices.cores import cpu_count

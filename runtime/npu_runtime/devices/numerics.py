@@ -7,6 +7,7 @@ numerical accuracy and torch/backends.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from npu_runtime.devices.device import Device
+from npu_runtime.devices.ambient import without_autocast
+from npu_runtime.devices.device import CPU, Device
 from npu_runtime.errors import Error, NumericsError, ProgramError, UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Setting:
     fast: object
     write: Callable[[Any], object]
     read: Callable[[], object] | None
-    """None where the library does not tell the value; it is then left as set."""
+    """None where the library does not tell the value; it is then left as set, as where this gives None."""
 
     def value(self, numerics: Numerics) -> object:
         return self.strict if numerics == "strict" else self.fast
@@ -62,10 +64,15 @@ def _of_cuda() -> Iterator[Setting]:
     import torch
 
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later; the older switches warn there
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later
+        # The older switches first, which write the newer ones as well: reading one raises where they disagree.
+        name = "torch.get_float32_matmul_precision()"
+        yield _older(name, "highest", "high", _write_matmul_precision, torch.get_float32_matmul_precision)
         yield _attribute("torch.backends.cuda.matmul", matmul, "fp32_precision", "ieee", "tf32")
-        conv = cudnn.conv  # type: ignore[attr-defined]
-        yield _attribute("torch.backends.cudnn.conv", conv, "fp32_precision", "ieee", "tf32")
+        name = "torch.backends.cudnn.allow_tf32"
+        yield _older(name, False, True, lambda on: setattr(cudnn, "allow_tf32", on), lambda: cudnn.allow_tf32)
+        for part in ("conv", "rnn"):
+            yield _attribute(f"torch.backends.cudnn.{part}", getattr(cudnn, part), "fp32_precision", "ieee", "tf32")
     else:
         yield _attribute("torch.backends.cuda.matmul", matmul, "allow_tf32", False, True)
         yield _attribute("torch.backends.cudnn", cudnn, "allow_tf32", False, True)
@@ -104,6 +111,38 @@ def _of_npu() -> Iterator[Setting]:
         )
 
 
+def _write_matmul_precision(value: str) -> None:
+    """Set it for CUDA and leave the CPU's, which torch.set_float32_matmul_precision sets as well."""
+    import torch
+
+    if value != "medium":
+        torch.backends.cuda.matmul.allow_tf32 = value == "high"
+        return
+    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = cpu.fp32_precision
+    torch.set_float32_matmul_precision(value)
+    cpu.fp32_precision = before
+
+
+def _older(
+    name: str, strict: object, fast: object, write: Callable[[Any], object], read: Callable[[], object]
+) -> Setting:
+    """A switch that torch 2.9 warns of, and that does not tell its value where newer ones disagree with it."""
+
+    def told() -> object:
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return read()
+        return None
+
+    def written(value: object) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            write(value)
+
+    return Setting(name, strict, fast, written, told)
+
+
 def _attribute(path: str, holder: object, name: str, strict: object, fast: object) -> Setting:
     return Setting(
         f"{path}.{name}",
@@ -125,6 +164,16 @@ class HeldNumerics:
         self._kind = device.kind
         self._settings = settings_of(device)
         self._held = True
+        # torch's precision of products is CUDA's and the CPU's at once: it does not tell it where they disagree.
+        self._cpu = HeldNumerics(CPU, numerics) if device.kind == "cuda" else None
+        try:
+            self._hold(numerics)
+        except BaseException:
+            if self._cpu is not None:
+                self._cpu.release()
+            raise
+
+    def _hold(self, numerics: Numerics) -> None:
         values = {setting.name: setting.value(numerics) for setting in self._settings}
         with _PROCESS.lock:
             current = _PROCESS.held.get(self._kind)
@@ -135,7 +184,7 @@ class HeldNumerics:
         try:
             if current.values != values:
                 raise UsageError(
-                    f"an encoder with other numerics is open on {device.kind}",
+                    f"an encoder with other numerics is open on {self._kind}",
                     expected=", ".join(f"{name}={value}" for name, value in current.values.items()),
                     got=f"numerics {numerics}, which sets {', '.join(f'{n}={v}' for n, v in values.items())}",
                     hint="these are settings of the whole process: close the other encoder, or load both alike",
@@ -182,6 +231,8 @@ class HeldNumerics:
                 del _PROCESS.held[self._kind]
                 for restore in current.restore:
                     restore()
+        if self._cpu is not None:
+            self._cpu.release()
 
 
 @dataclass(slots=True)
@@ -204,11 +255,13 @@ _PROCESS = _Process()
 
 def _apply(settings: list[Setting], numerics: Numerics) -> list[Callable[[], object]]:
     """Write the settings; returns what undoes them, and undoes them at once when one cannot be written."""
-    restore: list[Callable[[], object]] = []
+    found = [(setting.write, None if setting.read is None else setting.read()) for setting in settings]
+    # In the same order as they are written here: some write others that come later.
+    restore: list[Callable[[], object]] = [
+        functools.partial(write, value) for write, value in found if value is not None
+    ]
     try:
         for setting in settings:
-            if setting.read is not None:
-                restore.insert(0, functools.partial(setting.write, setting.read()))
             setting.write(setting.value(numerics))
     except BaseException:
         for undo in restore:
@@ -247,10 +300,10 @@ def measure_arithmetic(device: torch.device) -> Arithmetic:
     import torch
     from torch.nn import functional
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def on_device(operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor | None:
         try:
@@ -262,10 +315,11 @@ def measure_arithmetic(device: torch.device) -> Arithmetic:
         got, expected = on_device(operator, *inputs), operator(*(x.double() for x in inputs))
         return None if got is None else float((got - expected).norm() / expected.norm())
 
-    with torch.inference_mode(), warnings.catch_warnings():
+    with torch.inference_mode(), without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an operator that falls back; a program that needs one is told so
-        x = torch.linspace(-4, 4, 257)
-        exact = torch.tensor([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()], dtype=torch.float64)
+        x = torch.linspace(-4, 4, 257, dtype=torch.float32, device="cpu")
+        values = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()]
+        exact = torch.tensor(values, dtype=torch.float64, device="cpu")
         gelu = on_device(functional.gelu, x)
         return Arithmetic(
             matmul=relative_l2(torch.matmul, normal(64, 256), normal(256, 64)),

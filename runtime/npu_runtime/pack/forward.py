@@ -11,6 +11,7 @@ from npu_runtime.artifact.schema import Program
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import missing_package
 from npu_runtime.backends.torchscript import find_entry_point, open_file
+from npu_runtime.devices.ambient import without_autocast
 from npu_runtime.devices.device import CPU
 from npu_runtime.devices.torch_import import import_torch
 from npu_runtime.errors import ProgramError
@@ -49,7 +50,7 @@ class ForwardSaver:
         holder = torch.nn.Module()
         # By a name of its own: alike modules share a class, and its forward.
         holder.add_module(f"holds_{method}", whole)
-        with without_jit_deprecation():
+        with without_jit_deprecation(), without_autocast("cpu"):
             scripted = torch.jit.script(holder.eval())
             scripted.define(f"def forward(self, {name}):\n    return self.holds_{method}.{method}({name})\n")
             frozen = torch.jit.freeze(scripted, optimize_numerics=False)  # which inlines, and changes no arithmetic
@@ -58,7 +59,7 @@ class ForwardSaver:
         inputs, _ = self._artifact.read_reference()
         pixel_values = tensor_from_array(np.resize(inputs, self._artifact.manifest.inputs[0].of_batch(program.batch)))
         plain = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]  # a plan for one run costs more
-        with torch.inference_mode(), plain:
+        with torch.inference_mode(), without_autocast("cpu"), plain:
             expected, got = entry_point(pixel_values), saved(pixel_values)
         if len(got) != len(expected) or not all(map(torch.equal, got, expected)):
             raise ProgramError(

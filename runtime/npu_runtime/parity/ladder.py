@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from npu_runtime.artifact.schema import Manifest, Precision
 from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import SessionReport
-from npu_runtime.backends.table import EAGER, FORMATS, backend_names
+from npu_runtime.backends.table import EAGER, FORMATS, backend_names, require_replay
 from npu_runtime.devices import CPU, parse_device
 from npu_runtime.encoder import Encoder, RunOptions, load
 from npu_runtime.errors import (
@@ -25,6 +25,7 @@ from npu_runtime.errors import (
     NumericsError,
     ProgramError,
     UnavailableError,
+    UsageError,
     WeightsError,
 )
 from npu_runtime.parity.baselines import Baseline, LiveBaseline, StoredReference
@@ -70,6 +71,13 @@ def plan_ladder(manifest: Manifest, device: str, backends: Sequence[str] = ()) -
     return tuple(rungs)
 
 
+def options_on(device: str, how: RunOptions) -> RunOptions:
+    """How a step on a device is run: as was asked for on the run's own device, and elsewhere with its threads alone."""
+    if parse_device(device) == parse_device(how.get("device", "cpu")):
+        return {**how, "device": device}
+    return RunOptions(device=device, threads=how.get("threads"))
+
+
 @dataclass(frozen=True, slots=True)
 class WorstInput:
     """The image that is farthest off in a step, with its outputs."""
@@ -94,7 +102,7 @@ class Ladder:
         profile: Profile | None = None,
         **how: Unpack[RunOptions],
     ) -> None:
-        """`how` is for the steps on its device; those on the CPU take its threads.
+        """`how` is for the steps on its device; those on the CPU before a device take its threads.
 
         One batch size is run, the smallest of the artifact without `batch`: ONNX Runtime holds weights for each.
         """
@@ -169,9 +177,15 @@ class Ladder:
 
     def _open(self, rung: Rung) -> Encoder:
         artifact = self._artifact
-        how = self._how if rung.device != "cpu" else RunOptions(threads=self._how.get("threads"))
-        how = {**how, "device": rung.device}
+        how = options_on(rung.device, self._how)
         weights = None
+        if how.get("graph") is True:
+            try:
+                require_replay(rung.backend, parse_device(rung.device))
+            except UsageError as error:
+                if rung.device == "cpu":
+                    raise
+                raise _NotRunError(error.what) from error
         if rung.backend == EAGER:
             weights = self._weights
             before = next((step for step in self.steps if step.backend == EAGER and step.conditions is None), None)

@@ -100,7 +100,7 @@ def _conditions(record: ParityRecord) -> Sequence[str]:
     """Where and how the steps ran, where that is not the default."""
     conditions = [step.conditions for step in record.steps if step.conditions is not None]
     chosen = {str(c.numerics.get("numerics")) for c in conditions} - {"strict", "None"}
-    allowed = any(c.fallback for c in conditions)
+    allowed = any(c.fallback != () for c in conditions)
     return (
         *_device(record.device),
         *(("--threads", str(record.threads)) if record.threads is not None else ()),

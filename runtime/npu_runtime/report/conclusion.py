@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from npu_runtime.backends.base import SessionReport
 from npu_runtime.backends.table import EAGER
 from npu_runtime.bench.records import BenchRecord
 from npu_runtime.devices import parse_device
@@ -134,9 +135,8 @@ def _parity_notes(context: Context, given: Labelled, record: ParityRecord) -> It
         if step.status == "not run":
             told = say("note.step not run", label=given.label, session=context.title(step))
             yield Text(told, "absent"), Text(step.reason or "", "quoted")
-        if step.conditions is not None and step.conditions.fallback:
-            operators = ", ".join(step.conditions.fallback)
-            yield (Text(say("note.fallback", session=context.title(step), operators=operators), "warn"),)
+        if step.conditions is not None:
+            yield from _fallback_note(say, context.title(step), step.conditions)
     for skipped in record.skipped:
         yield Text(say("note.skipped", label=given.label)), Text(skipped.name, "code"), Text(skipped.reason, "quoted")
     given_limits = {(t.output, t.metric): t for t in record.overridden}
@@ -158,8 +158,14 @@ def _bench_notes(context: Context, given: Labelled, record: BenchRecord) -> Iter
     for name, reason in record.not_run.items():
         yield Text(say("note.step not run", label=given.label, session=name), "absent"), Text(reason, "quoted")
     for name, report in record.conditions.items():
-        if report.fallback:
-            yield (Text(say("note.fallback", session=name, operators=", ".join(report.fallback)), "warn"),)
+        yield from _fallback_note(say, name, report)
+
+
+def _fallback_note(say: Say, session: str, report: SessionReport) -> Iterator[Item]:
+    if report.fallback is None:
+        yield (Text(say("note.fallback unknown", session=session), "warn"),)
+    elif report.fallback:
+        yield (Text(say("note.fallback", session=session, operators=", ".join(report.fallback)), "warn"),)
 
 
 def _tolerances(context: Context) -> Iterator[Item]:

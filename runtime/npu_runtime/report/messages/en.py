@@ -295,6 +295,8 @@ MESSAGES: Mapping[str, str] = {
     "note.partial": "{label}: the run was interrupted; what was measured until then is shown.",
     "note.step not run": "{label}: {session} was not run:",
     "note.fallback": "{session}: operators that ran on the CPU, as was allowed: {operators}.",
+    "note.fallback unknown": "{session}: operators might run on the CPU, as was allowed; whether any did is unknown, "
+    "since the library does not tell.",
     "note.skipped": "{label}: left out, an image that could not be read:",
     "note.overridden": "{label}: the limit of {name} was given as {limit} in place of the artifact's.",
     "note.noisy": "{label}: interquartile range above 10 % of the median, kept and labelled noisy: {rows}.",

@@ -288,6 +288,7 @@ MESSAGES: Mapping[str, str] = {
     "note.partial": "{label}：运行被中断，仅展示中断前测得的数据。",
     "note.step not run": "{label}：{session} 未运行：",
     "note.fallback": "{session}：以下算子按许可回退到 CPU 执行：{operators}。",
+    "note.fallback unknown": "{session}：已许可算子回退到 CPU 执行；所用的库未提供相关信息，是否发生回退未知。",
     "note.skipped": "{label}：以下图片无法读取，已跳过：",
     "note.overridden": "{label}：{name} 的容差由命令行指定为 {limit}，未采用产物自带的容差。",
     "note.noisy": "{label}：以下各项的四分位距超过中位数的 10 %，数据予以保留并标为有噪声：{rows}。",
