@@ -31,7 +31,7 @@ class Operators:
     fallback: tuple[str, ...]
     """Those that ran on the CPU, with copies there and back, for want of a kernel."""
     host: tuple[str, ...]
-    """Those that made tensors on the CPU: device literals that were baked into the program."""
+    """Those that made tensors on the CPU that others took: device literals that were baked into the program."""
 
 
 def watch_operators(
@@ -88,6 +88,7 @@ class _Watch(TorchDispatchMode):
         self.names: dict[str, None] = {}
         self.fallback: dict[str, None] = {}
         self.host: dict[str, None] = {}
+        self._made: dict[int, tuple[str, torch.Tensor]] = {}
         self.last = ""
         self.error: RuntimeError | None = None  # as it was raised; TorchScript's interpreter keeps little of it
         self._key = getattr(torch._C.DispatchKey, device.traits.dispatch_key)
@@ -96,17 +97,20 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.last = func.name().partition(".")[0]
         self.names[self.last] = None
+        taken = _tensors((args, kwargs or {}))
+        self.host.update((self._made[_memory(t)][0], None) for t in taken if _memory(t) in self._made)
         try:
             result = func(*args, **(kwargs or {}))
         except RuntimeError as error:
             self.error = error
             raise
-        tensors = [t for t in _tensors((args, kwargs or {})) if t.device.type == self._accelerated]
-        if tensors and not self._has_kernel(func):
+        if any(t.device.type == self._accelerated for t in taken) and not self._has_kernel(func):
             self.fallback[self.last] = None
-        # A number that became a tensor has no dimension and may lie on the CPU anywhere.
-        if any(t.device.type == "cpu" and t.dim() for t in _tensors(result)):
-            self.host[self.last] = None
+        # A number that became a tensor has no dimension and may lie on the CPU anywhere. What nothing takes costs
+        # nothing: torch_npu's attention gives a seed and an offset, on the CPU, that only its backward reads.
+        for tensor in _tensors(result):
+            if tensor.device.type == "cpu" and tensor.dim():
+                self._made.setdefault(_memory(tensor), (self.last, tensor))  # kept, or its address is used again
         return result
 
     def _has_kernel(self, func: Any) -> bool:
@@ -118,6 +122,11 @@ class _Watch(TorchDispatchMode):
         packet = func.overloadpacket
         overloads = [getattr(packet, name) for name in packet.overloads() if name.endswith("out")]
         return not overloads or any(overload.has_kernel_for_dispatch_key(self._key) for overload in overloads)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """The same for a tensor and its views."""
+    return tensor.untyped_storage()._cdata
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
