@@ -59,6 +59,7 @@ class TorchSession:
         self._names = [output.name for output in self._outputs]
         self._device = device
         self._options = options
+        self._manifest = artifact.manifest
         self._numerics = numerics
         self._calls: dict[int, Call] = {}
         self._prepared: dict[int, DeviceProgram] = {}
@@ -70,19 +71,21 @@ class TorchSession:
             self._calls.update(programs(self._device, self._options.batches))
             return
         from npu_runtime.backends.device_program import DeviceProgram
+        from npu_runtime.backends.replay import replay_limits
         from npu_runtime.devices.accelerator import Accelerator
         from npu_runtime.devices.numerics import measure_arithmetic, require_strict
         from npu_runtime.devices.operators import refuse_fallback
 
         accelerator = Accelerator(self._device)
         options = self._options
+        limits = replay_limits(self._manifest, self._device.kind)
         fallback: dict[str, None] = {}
         graphs: list[GraphReport] = []
         with accelerator.current():
             arithmetic = measure_arithmetic(accelerator.torch_device)
             calls = programs(self._device, options.batches)
             for batch, call in calls.items():
-                program = self._prepared[batch] = DeviceProgram(accelerator, call, self._input, batch)
+                program = self._prepared[batch] = DeviceProgram(accelerator, call, self._input, batch, limits)
                 operators, outputs = program.first_run()
                 self._check_results(outputs, batch)
                 if not options.allow_fallback:

@@ -105,6 +105,14 @@ class Accelerator:
         """A pool that the graphs share, which never run at the same time, and the stream on which they are captured."""
         return self._module.graph_pool_handle(), self._module.Stream(device=self.device.index)
 
+    def forget_graph_memory(self) -> None:
+        """Give the next graph a pool and a stream of its own.
+
+        A capture that fails to begin leaves torch_npu's allocator recording for the pool, which it refuses to do
+        twice (torch_npu/csrc/core/npu/NPUGraph.cpp, capture_begin).
+        """
+        self.__dict__.pop("graph_memory", None)
+
     def new_graph(self) -> Any:
         """An empty graph of this kind of device."""
         return getattr(self._module, str(self.device.traits.graph_class))()
