@@ -16,6 +16,7 @@ from npu_runtime.artifact.store import Images
 from npu_runtime.backends.base import Array, GraphReport, StageTimes
 from npu_runtime.backends.replay import Limits, Verdict, judge_replays
 from npu_runtime.devices.accelerator import Accelerator
+from npu_runtime.devices.failures import is_out_of_memory
 from npu_runtime.devices.operators import Operators, watch_operators
 from npu_runtime.errors import UnavailableError, first_line
 
@@ -70,6 +71,8 @@ class DeviceProgram:
             reason = f"capture failed: {first_line(error)}"
             if not required:
                 return GraphReport(batch, False, reason, None, None)
+            if is_out_of_memory(error):
+                raise
             raise UnavailableError(
                 f"the program cannot be captured as a graph on {self.accelerator.device}",
                 where=f"batch {batch}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from npu_runtime.artifact.store import Artifact, Images
@@ -49,7 +48,7 @@ class ProbedTorchScript:
         self._path = artifact.path / programs[0].file
         self._numerics = HeldNumerics(device, options.numerics)
         try:
-            with self._current():
+            with self._current("the weights"):
                 (method,) = open_entry_points(artifact.path, programs, device).values()
                 self._graph: Any = method.graph
         except BaseException:
@@ -74,7 +73,7 @@ class ProbedTorchScript:
         def call(pixel_values: Images) -> tuple[dict[str, Array], list[Value]]:
             # Optimising takes longer than the few runs that this function sees.
             plain = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
-            with self._current(), torch.inference_mode(), plain:
+            with self._current("a call"), torch.inference_mode(), plain:
                 outputs, *values = function(tensor_from_array(pixel_values).to(str(self._device)))
                 return dict(zip(self._outputs, map(_array, outputs))), [_array(tensor) for tensor in values]
 
@@ -113,13 +112,19 @@ class ProbedTorchScript:
         graph.registerOutput(joined.output())
         return getattr(torch._C, FROM_GRAPH)("probed", graph)
 
-    def _current(self) -> AbstractContextManager[object]:
-        """A context in which the device is torch's current one."""
+    @contextlib.contextmanager
+    def _current(self, doing: str) -> Iterator[None]:
+        """The device is torch's current one, and its failures are told as such."""
         if self._device.kind == "cpu":
-            return contextlib.nullcontext()
+            yield
+            return
         from npu_runtime.devices.accelerator import Accelerator
+        from npu_runtime.devices.failures import failures_of
 
-        return Accelerator(self._device).current()
+        accelerator = Accelerator(self._device)
+        hint = "end other processes on the device, or look into the program on the CPU"
+        with accelerator.current(), failures_of(accelerator, where=doing, memory_hint=hint):
+            yield
 
 
 def _tensors_by_place(graph: Any) -> dict[str, Any]:

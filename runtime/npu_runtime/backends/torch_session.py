@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, GraphReport, Options, SessionReport, StageTimes
 from npu_runtime.devices import Device, cpu_count
+from npu_runtime.devices.failures import failures_of
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import ArtifactError, UsageError
 from npu_runtime.torch_interop import array_from_tensor, set_threads, tensor_from_array
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 Call = Callable[["torch.Tensor"], Sequence["torch.Tensor"]]
 """A program for one batch size: `pixel_values` -> the outputs in the manifest's order."""
+
+
+WEIGHTS_TOO_LARGE = "the weights alone do not fit: end other processes on the device, or take one with more memory"
+TAKEN_SINCE = "something else took memory since the encoder was loaded: call again once it is free"
 
 
 class OpenPrograms(Protocol):
@@ -82,19 +87,22 @@ class TorchSession:
         fallback: dict[str, None] = {}
         graphs: list[GraphReport] = []
         with accelerator.current():
-            arithmetic = measure_arithmetic(accelerator.torch_device)
-            calls = programs(self._device, options.batches)
+            with failures_of(accelerator, where="the weights", memory_hint=WEIGHTS_TOO_LARGE):
+                arithmetic = measure_arithmetic(accelerator.torch_device)
+                calls = programs(self._device, options.batches)
             for batch, call in calls.items():
-                program = self._prepared[batch] = DeviceProgram(accelerator, call, self._input, batch, limits)
-                operators, outputs = program.first_run()
-                self._check_results(outputs, batch)
-                if not options.allow_fallback:
-                    refuse_fallback(operators, self._device)
-                if options.numerics == "strict":
-                    require_strict(arithmetic, operators.names, self._device)
-                fallback.update(dict.fromkeys((*operators.fallback, *operators.host)))
-                if options.graph:
-                    graphs.append(program.capture(required=options.graph is True))
+                with failures_of(accelerator, where=f"batch {batch}", memory_hint=self._memory_hint(batch)):
+                    program = self._prepared[batch] = DeviceProgram(accelerator, call, self._input, batch, limits)
+                    operators, outputs = program.first_run()
+                    self._check_results(outputs, batch)
+                    if not options.allow_fallback:
+                        refuse_fallback(operators, self._device)
+                    if options.numerics == "strict":
+                        require_strict(arithmetic, operators.names, self._device)
+                    fallback.update(dict.fromkeys((*operators.fallback, *operators.host)))
+                    del outputs
+                    if options.graph:
+                        graphs.append(program.capture(required=options.graph is True))
         self._report = SessionReport(self._numerics.describe(), arithmetic, tuple(fallback), tuple(graphs))
 
     def run(self, pixel_values: Images, outputs: Sequence[str]) -> list[Array]:
@@ -137,7 +145,20 @@ class TorchSession:
         """The program of a batch size, for one caller at a time."""
         self._prepared[batch].accelerator.check_process()  # before the lock, which a fork may have copied locked
         with self._lock:
-            yield self._prepared[batch]
+            program = self._prepared[batch]
+            with failures_of(program.accelerator, where=f"a call at batch {batch}", memory_hint=TAKEN_SINCE):
+                yield program
+
+    def _memory_hint(self, batch: int) -> str:
+        """What to do where the memory does not suffice to prepare a batch size."""
+        smaller = sorted({program.batch for program in self._manifest.programs if program.batch < batch})
+        sizes = ", ".join(map(str, smaller))
+        hint = (
+            f"leave out batch size {batch} and larger: bench --batch {sizes.replace(' ', '')}, load(batches=[{sizes}])"
+        )
+        if not smaller:
+            hint = "not even the smallest batch size fits: end other processes on the device"
+        return f"{hint}; graphs take memory too: --graph off, load(graph=False)" if self._options.graph else hint
 
     def _check_results(self, results: object, batch: int) -> None:
         """The outputs are the manifest's, in its order; a TorchScript file does not say so itself."""

@@ -95,10 +95,13 @@ class Accelerator:
         """Host memory that the device copies from and to without a detour, where it can be had."""
         import torch
 
+        plain = torch.empty(shape, dtype=dtype, device="cpu")
         try:
-            return torch.empty(shape, dtype=dtype, device="cpu").pin_memory()
+            pinned = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
         except (RuntimeError, NotImplementedError):
-            return torch.empty(shape, dtype=dtype, device="cpu")
+            return plain
+        # Where none is left, torch_npu 2.13 gives a tensor without memory (CachingHostAllocator.cpp, alloc).
+        return pinned if pinned.data_ptr() or not pinned.numel() else plain
 
     @functools.cached_property
     def graph_memory(self) -> tuple[Any, Any]:

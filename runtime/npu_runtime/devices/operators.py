@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_runtime.devices.device import Device
+from npu_runtime.devices.failures import is_failure
 from npu_runtime.errors import ProgramError, UnavailableError, first_line
 
 COMPOSITE_KEYS = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
@@ -37,7 +38,8 @@ class Operators:
 def watch_operators(
     device: Device, call: Callable[[], Sequence[torch.Tensor]]
 ) -> tuple[Operators, Sequence[torch.Tensor]]:
-    """Run a program once; returns what it ran and its outputs. Raises ProgramError when it mixes devices.
+    """Run a program once; returns what it ran and its outputs. Raises ProgramError when it mixes devices or does not
+    run, and failures of the device (`is_failure`) as torch raised them.
 
     An operator falls back when torch's table of kernels has none for the device, or when torch_npu warns or,
     with TORCH_NPU_FALLBACK_CPU_DISABLE=1, refuses. torch_npu warns of each operator once in a process, which
@@ -50,7 +52,10 @@ def watch_operators(
             with torch.no_grad(), mode:  # inference mode would hide what composite operators call
                 outputs = call()
         except RuntimeError as error:
-            raise _explain(error, mode, device) from error
+            cause = mode.error or error  # TorchScript's interpreter keeps little of it
+            if is_failure(cause):
+                raise cause from None
+            raise _explain(cause, mode, device) from error
     fallback = [match[1] for warning in caught if (match := _WARNED.search(str(warning.message)))]
     for warning in caught:
         if not _WARNED.search(str(warning.message)):
@@ -90,7 +95,7 @@ class _Watch(TorchDispatchMode):
         self.host: dict[str, None] = {}
         self._made: dict[int, tuple[str, torch.Tensor]] = {}
         self.last = ""
-        self.error: RuntimeError | None = None  # as it was raised; TorchScript's interpreter keeps little of it
+        self.error: RuntimeError | None = None  # as it was raised
         self._key = getattr(torch._C.DispatchKey, device.traits.dispatch_key)
         self._accelerated = device.kind
 
@@ -126,7 +131,7 @@ class _Watch(TorchDispatchMode):
 
 def _memory(tensor: torch.Tensor) -> int:
     """The same for a tensor and its views."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -142,9 +147,8 @@ def _no_kernel(device: Device, names: Sequence[str]) -> UnavailableError:
     )
 
 
-def _explain(error: RuntimeError, mode: _Watch, device: Device) -> ProgramError | UnavailableError:
+def _explain(cause: RuntimeError, mode: _Watch, device: Device) -> ProgramError | UnavailableError:
     """The error of a first run: an operator that was refused, devices that were mixed, or what it is."""
-    cause = mode.error or error
     text = str(cause)
     refused = _REFUSED.search(text)
     if refused:
