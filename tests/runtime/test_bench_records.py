@@ -188,6 +188,13 @@ def test_a_record_of_schema_1_0_is_read_as_one_without_what_came_later() -> None
     assert [start.backend for start in old.cold] == ["torchscript", "onnxruntime"]
 
 
+def test_a_record_of_schema_1_1_is_read_as_one_that_measured_fewer_operators() -> None:
+    arithmetic = read_record(RECORDS / "bench-1.1.json").conditions["torchscript"].arithmetic
+    assert arithmetic is not None
+    assert set(arithmetic.errors()) == {"matmul", "conv", "gelu"}
+    assert arithmetic.dtypes == {}
+
+
 def delete(document: dict[str, Any]) -> object:
     return document.pop("rows")
 

@@ -85,6 +85,13 @@ def test_a_record_of_a_newer_minor_is_read_and_of_a_newer_major_refused(
         decode_record(json.dumps({**document, "schema": f"{SCHEMA_MAJOR + 1}.0"}), "r")
 
 
+def test_a_record_of_schema_1_1_is_read_as_one_that_measured_fewer_operators() -> None:
+    old = read_record(Path(__file__).parents[1] / "data" / "records" / "parity-1.1.json")
+    (arithmetic,) = {step.conditions.arithmetic.matmul for step in old.steps if step.conditions.arithmetic}  # type: ignore[union-attr]
+    assert arithmetic == pytest.approx(2.96e-7, rel=0.01)
+    assert all(step.conditions is None or step.conditions.arithmetic.attention is None for step in old.steps)  # type: ignore[union-attr]
+
+
 def delete(document: dict[str, Any]) -> object:
     return document.pop("steps")
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from npu_runtime.artifact.schema import Program
 from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.devices import Device
-from npu_runtime.devices.numerics import Arithmetic, Numerics
+from npu_runtime.devices.arithmetic import Arithmetic
+from npu_runtime.devices.numerics import Numerics
 from npu_runtime.errors import ArtifactError, UnavailableError, UsageError, first_line
 
 Array = npt.NDArray[np.float32]

@@ -78,7 +78,7 @@ class TorchSession:
         from npu_runtime.backends.device_program import DeviceProgram
         from npu_runtime.backends.replay import replay_limits
         from npu_runtime.devices.accelerator import Accelerator
-        from npu_runtime.devices.numerics import measure_arithmetic, require_strict
+        from npu_runtime.devices.arithmetic import measure_arithmetic, require_exact
         from npu_runtime.devices.operators import refuse_fallback
 
         accelerator = Accelerator(self._device)
@@ -86,9 +86,9 @@ class TorchSession:
         limits = replay_limits(self._manifest, self._device.kind)
         fallback: dict[str, None] = {}
         graphs: list[GraphReport] = []
+        arithmetic = None
         with accelerator.current():
             with failures_of(accelerator, where="the weights", memory_hint=WEIGHTS_TOO_LARGE):
-                arithmetic = measure_arithmetic(accelerator.torch_device)
                 calls = programs(self._device, options.batches)
             for batch, call in calls.items():
                 with failures_of(accelerator, where=f"batch {batch}", memory_hint=self._memory_hint(batch)):
@@ -97,8 +97,9 @@ class TorchSession:
                     self._check_results(outputs, batch)
                     if not options.allow_fallback:
                         refuse_fallback(operators, self._device)
-                    if options.numerics == "strict":
-                        require_strict(arithmetic, operators.names, self._device)
+                    if arithmetic is None:  # of the first batch size: the others make the same calls with more rows
+                        arithmetic = measure_arithmetic(accelerator.torch_device, operators.calls)
+                    require_exact(arithmetic, operators.names, self._device, options.numerics)
                     fallback.update(dict.fromkeys((*operators.fallback, *operators.host)))
                     del outputs
                     if options.graph:

@@ -3,6 +3,7 @@
 Versions of the schema:
     1.0  first.
     1.1  stages of rows on accelerators, throughput under load, and records of runs that were interrupted.
+    1.2  conditions.arithmetic of attention, softmax, layer_norm and rms_norm, and its dtypes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from npu_runtime.errors import Error
 from npu_runtime.structured import DAMAGED, RecordSchema, read_record_text
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 1
+SCHEMA_MINOR = 2
 
 CSV_COLUMNS = ("backend", "batch", "round", "latency_ms")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_runtime.devices.device import Device
 from npu_runtime.devices.failures import is_failure
+from npu_runtime.devices.observed import Call, Observer
 from npu_runtime.errors import ProgramError, UnavailableError, first_line
 
 COMPOSITE_KEYS = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
@@ -33,6 +34,8 @@ class Operators:
     """Those that ran on the CPU, with copies there and back, for want of a kernel."""
     host: tuple[str, ...]
     """Those that made tensors on the CPU that others took: device literals that were baked into the program."""
+    calls: Mapping[str, Call]
+    """The largest call of each measured kind."""
 
 
 def watch_operators(
@@ -69,7 +72,9 @@ def watch_operators(
             hint="a device literal was baked into it; export it again",
         )
     names = frozenset(mode.names)
-    return Operators(names, tuple(dict.fromkeys([*mode.fallback, *fallback])), tuple(mode.host)), outputs
+    return Operators(
+        names, tuple(dict.fromkeys([*mode.fallback, *fallback])), tuple(mode.host), mode.observer.calls
+    ), outputs
 
 
 def refuse_fallback(operators: Operators, device: Device) -> None:
@@ -93,6 +98,7 @@ class _Watch(TorchDispatchMode):
         self.names: dict[str, None] = {}
         self.fallback: dict[str, None] = {}
         self.host: dict[str, None] = {}
+        self.observer = Observer()
         self._made: dict[int, tuple[str, torch.Tensor]] = {}
         self.last = ""
         self.error: RuntimeError | None = None  # as it was raised
@@ -109,8 +115,10 @@ class _Watch(TorchDispatchMode):
         except RuntimeError as error:
             self.error = error
             raise
-        if any(t.device.type == self._accelerated for t in taken) and not self._has_kernel(func):
-            self.fallback[self.last] = None
+        if any(t.device.type == self._accelerated for t in taken):
+            self.observer.see(func, args, kwargs or {}, result)
+            if not self._has_kernel(func):
+                self.fallback[self.last] = None
         # A number that became a tensor has no dimension and may lie on the CPU anywhere. What nothing takes costs
         # nothing: torch_npu's attention gives a seed and an offset, on the CPU, that only its backward reads.
         for tensor in _tensors(result):

@@ -3,6 +3,7 @@
 Versions of the schema:
     1.0  first.
     1.1  accelerator, threads, graph, weights, inputs[].thumbnails, steps[].outputs[].token_errors.
+    1.2  conditions.arithmetic of attention, softmax, layer_norm and rms_norm, and its dtypes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from npu_runtime.parity.records import ParityRecord
 from npu_runtime.structured import RecordSchema, read_record_text
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 1
+SCHEMA_MINOR = 2
 
 SCHEMA = RecordSchema(
     "parity", ParityRecord, SCHEMA_MAJOR, SCHEMA_MINOR, ("error", "exit_code"), "npu-runtime parity or verify"
