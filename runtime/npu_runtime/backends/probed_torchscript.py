@@ -85,8 +85,10 @@ class ProbedTorchScript:
         self._numerics.release()
         if self._device.kind != "cpu":
             from npu_runtime.devices.accelerator import Accelerator
+            from npu_runtime.devices.failures import ending_whatever_failed
 
-            Accelerator(self._device).release()
+            with ending_whatever_failed():
+                Accelerator(self._device).release()
 
     def _function(self, places: Sequence[str]) -> Any:
         """The program from `pixel_values` to its tuple of outputs, and the values behind it."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.backends.base import Array, GraphReport, Options, SessionReport, StageTimes
 from npu_runtime.devices import Device, cpu_count
-from npu_runtime.devices.failures import failures_of
+from npu_runtime.devices.failures import ending_whatever_failed, failures_of
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import ArtifactError, UsageError
 from npu_runtime.torch_interop import array_from_tensor, set_threads, tensor_from_array
@@ -87,7 +87,7 @@ class TorchSession:
         fallback: dict[str, None] = {}
         graphs: list[GraphReport] = []
         arithmetic = None
-        with accelerator.current():
+        with failures_of(accelerator, memory_hint=WEIGHTS_TOO_LARGE), accelerator.current():
             with failures_of(accelerator, where="the weights", memory_hint=WEIGHTS_TOO_LARGE):
                 calls = programs(self._device, options.batches)
             for batch, call in calls.items():
@@ -136,10 +136,12 @@ class TorchSession:
             programs, self._prepared = self._prepared, {}
             accelerator = next((program.accelerator for program in programs.values()), None)
             while programs:
-                programs.popitem()[1].close()
+                with ending_whatever_failed():
+                    programs.popitem()[1].close()
         self._numerics.release()
         if accelerator is not None:
-            accelerator.release()
+            with ending_whatever_failed():
+                accelerator.release()
 
     @contextlib.contextmanager
     def _on_device(self, batch: int) -> Iterator[DeviceProgram]:

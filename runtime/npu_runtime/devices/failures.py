@@ -20,15 +20,15 @@ _MEMORY = re.compile(r"out of memory|error code(?: is |:) ?(?:207001|207018)\b",
 _CODE = re.compile(r"error code(?: is |:) ?([125]07\d{3})\b")
 """Of AscendCL's runtime, whose 107… are states, 207… resources and 507… the device; an operator's are 161… and 561…."""
 _MEANING = re.compile(r"\[Error\]: (.+)")
-_LAUNCH = re.compile(r"The Inner error is reported as above.*current working operator name is (\w+)", re.DOTALL)
-"""Of an operator that was launched by the task queue: what it failed with is on stderr alone."""
+_QUEUE = re.compile(r"The Inner error is reported as above\. The process exits for this inner error, and (.+?)\.\n")
+"""Of what torch_npu's task queue was asked for before, such as an operator's launch: the code is on stderr alone."""
 _CUDA = re.compile(r"CUDA error: (.+)")
 
 
 def is_failure(error: BaseException) -> bool:
     """Whether an error is the device's own and not the program's."""
     text = str(error)
-    return isinstance(error, RuntimeError) and any(p.search(text) for p in (_MEMORY, _CODE, _LAUNCH, _CUDA))
+    return isinstance(error, RuntimeError) and any(p.search(text) for p in (_MEMORY, _CODE, _QUEUE, _CUDA))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -51,6 +51,16 @@ def failures_of(accelerator: Accelerator, *, where: str | None = None, memory_hi
         raise _stopped_working(error, accelerator.device, where) from error
 
 
+@contextlib.contextmanager
+def ending_whatever_failed() -> Iterator[None]:
+    """Let failures of the device pass, of which whoever used it was told, while memory is given back to it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_failure(error):
+            raise
+
+
 def _too_little_memory(error: RuntimeError, accelerator: Accelerator, where: str | None, hint: str) -> UnavailableError:
     asked = _ASKED.search(str(error))
     try:
@@ -70,11 +80,11 @@ def _too_little_memory(error: RuntimeError, accelerator: Accelerator, where: str
 
 def _stopped_working(error: RuntimeError, device: Device, where: str | None) -> UnavailableError:
     text = str(error)
-    code, meaning, launch = _CODE.search(text), _MEANING.search(text), _LAUNCH.search(text)
+    code, meaning, queued = _CODE.search(text), _MEANING.search(text), _QUEUE.search(text)
     if code is not None:
         got = f"error code {code[1]}" + (f": {meaning[1].strip()}" if meaning else "")
-    elif launch is not None:
-        got = f"the launch of {launch[1]} failed; torch_npu wrote the code to stderr"
+    elif queued is not None:
+        got = f"{queued[1]}; torch_npu wrote the error's code to stderr"
     else:
         got = first_line(error)
     tool = "npu-smi info and CANN's log (~/ascend/log) tell" if device.kind == "npu" else "nvidia-smi tells"
