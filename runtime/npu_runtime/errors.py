@@ -109,6 +109,7 @@ class ParityError(Error):
 
 
 class UnavailableError(Error):
-    """A device, a backend or a package that was asked for is not on this machine."""
+    """A device, a backend or a package that was asked for is not on this machine, or a device has no memory left or
+    stopped working."""
 
     exit_code = 4

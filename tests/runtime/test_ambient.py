@@ -23,7 +23,8 @@ from npu_runtime.backends.base import Options
 from npu_runtime.backends.probed import open_probed
 from npu_runtime.devices import CPU
 from npu_runtime.devices.ambient import torch_defaults, without_autocast
-from npu_runtime.devices.numerics import measure_arithmetic
+from npu_runtime.devices.arithmetic import measure_arithmetic
+from npu_runtime.devices.operators import watch_operators
 
 Around = Callable[[], AbstractContextManager[object]]
 
@@ -127,9 +128,15 @@ def test_values_from_inside_of_a_program_are_the_same_bits(probed_vit: Path, aro
 
 @around
 def test_the_same_errors_are_measured_of_a_devices_arithmetic(around: Around) -> None:
-    expected = measure_arithmetic(torch.device("cpu"))
+    def run() -> list[torch.Tensor]:
+        tokens = torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8), torch.ones(16, 3, 4, 4), stride=4).flatten(2)
+        return [torch.nn.functional.gelu(torch.nn.functional.layer_norm(tokens @ torch.ones(4, 8), (8,)))]
+
+    operators, _ = watch_operators(CPU, run)
+    assert set(operators.calls) == {"conv", "matmul", "layer_norm", "gelu"}
+    expected = measure_arithmetic(torch.device("cpu"), operators.calls)
     with around():
-        got = measure_arithmetic(torch.device("cpu"))
+        got = measure_arithmetic(torch.device("cpu"), operators.calls)
     assert got == expected
 
 

@@ -188,9 +188,13 @@ def test_a_record_of_schema_1_0_is_read_as_one_without_what_came_later() -> None
     assert [start.backend for start in old.cold] == ["torchscript", "onnxruntime"]
 
 
-def test_a_record_of_schema_1_1_is_read_with_the_fallback_that_it_tells() -> None:
-    old = read_record(RECORDS / "bench-1.1.json")
-    assert {name: report.fallback for name, report in old.conditions.items()} == dict.fromkeys(BACKENDS, ())
+def test_a_record_of_schema_1_1_is_read_with_the_fallback_and_the_operators_that_it_tells() -> None:
+    report = read_record(RECORDS / "bench-1.1.json").conditions["torchscript"]
+    assert report.fallback == ()
+    arithmetic = report.arithmetic
+    assert arithmetic is not None
+    assert set(arithmetic.errors()) == {"matmul", "conv", "gelu"}
+    assert arithmetic.dtypes == {}
 
 
 def test_a_fallback_that_is_unknown_survives_and_is_not_taken_for_none(record: BenchRecord) -> None:

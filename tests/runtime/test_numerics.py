@@ -12,7 +12,7 @@ import torch
 import npu_runtime
 from npu_runtime import ProgramError, UsageError
 from npu_runtime.devices import Device, numerics
-from npu_runtime.devices.numerics import Arithmetic, HeldNumerics, Setting, measure_arithmetic, require_strict
+from npu_runtime.devices.numerics import HeldNumerics, Setting
 
 DEVICE = Device("npu", 0)
 
@@ -78,44 +78,6 @@ def test_a_switch_that_cannot_be_set_leaves_the_others_as_they_were(
     with pytest.raises(RuntimeError, match="no such option"):
         HeldNumerics(DEVICE, "strict")
     assert switches.hf32 is True
-
-
-def test_the_cpus_arithmetic_is_measured_as_float32() -> None:
-    arithmetic = measure_arithmetic(torch.device("cpu"))
-    assert arithmetic.inexact() == []
-    assert 0 < arithmetic.matmul < 1e-6
-    assert 0 < arithmetic.gelu < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("name", "operator"),
-    [("matmul", "aten::addmm"), ("matmul", "aten::scaled_dot_product_attention"), ("conv", "aten::_convolution")]
-    + [("gelu", "aten::gelu")],
-)
-def test_an_operator_that_is_not_exact_is_refused_where_the_program_runs_it(name: str, operator: str) -> None:
-    inexact = Arithmetic(**{"matmul": 1e-7, "conv": 1e-7, "gelu": 1e-7, name: 4e-4})
-    assert inexact.inexact() == [name]
-    require_strict(inexact, {"aten::add", "aten::layer_norm"}, DEVICE)
-    with pytest.raises(ProgramError, match=f"{name} is not exact float32 on npu:0") as caught:
-        require_strict(inexact, {"aten::add", operator}, DEVICE)
-    assert (caught.value.where, caught.value.got) == (operator, "4.0e-04, measured on the device")
-
-
-def test_a_tanh_gelu_is_measured_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = torch.nn.functional.gelu
-    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: exact(x, approximate="tanh"))
-    assert measure_arithmetic(torch.device("cpu")).inexact() == ["gelu"]
-
-
-def test_products_of_rounded_inputs_are_measured_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        """As HF32 and TF32 do, 10 bits behind the leading one."""
-        return x if x.dtype == torch.float64 else ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-    matmul, conv2d = torch.matmul, torch.nn.functional.conv2d
-    monkeypatch.setattr(torch, "matmul", lambda a, b: matmul(rounded(a), rounded(b)))
-    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, w: conv2d(rounded(x), rounded(w)))
-    assert measure_arithmetic(torch.device("cpu")).inexact() == ["matmul", "conv"]
 
 
 def test_unknown_numerics_are_wrong_usage(tiny_artifact: Path) -> None:

@@ -85,12 +85,12 @@ def test_a_record_of_a_newer_minor_is_read_and_of_a_newer_major_refused(
         decode_record(json.dumps({**document, "schema": f"{SCHEMA_MAJOR + 1}.0"}), "r")
 
 
-def test_a_record_of_schema_1_1_is_read_with_the_fallback_that_it_tells() -> None:
+def test_a_record_of_schema_1_1_is_read_with_the_fallback_and_the_operators_that_it_tells() -> None:
     old = read_record(Path(__file__).parents[1] / "data" / "records" / "parity-1.1.json")
-    assert [(step.backend, step.conditions.fallback) for step in old.steps if step.conditions is not None] == [
-        ("eager", ()),
-        ("onnxruntime", ()),
-    ]
+    (arithmetic,) = {step.conditions.arithmetic.matmul for step in old.steps if step.conditions.arithmetic}  # type: ignore[union-attr]
+    assert arithmetic == pytest.approx(2.96e-7, rel=0.01)
+    assert all(step.conditions is None or step.conditions.arithmetic.attention is None for step in old.steps)  # type: ignore[union-attr]
+    assert {step.conditions.fallback for step in old.steps if step.conditions is not None} == {()}
 
 
 def test_a_fallback_that_is_unknown_survives(record: ParityRecord) -> None:

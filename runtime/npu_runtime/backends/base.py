@@ -12,7 +12,8 @@ import numpy.typing as npt
 from npu_runtime.artifact.schema import Program
 from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.devices import Device
-from npu_runtime.devices.numerics import Arithmetic, Numerics
+from npu_runtime.devices.arithmetic import Arithmetic
+from npu_runtime.devices.numerics import Numerics
 from npu_runtime.errors import ArtifactError, UnavailableError, UsageError, first_line
 
 Array = npt.NDArray[np.float32]
@@ -45,9 +46,10 @@ class GraphReport:
     reason: str | None
     """Why plain calls are made instead; None where a graph is replayed."""
     max_abs_difference: float | None
-    """Of a replay from a plain call on the same input, 0 when equal bit for bit; None where none was captured."""
+    """Of replays from plain calls on the same inputs, 0 when equal bit for bit; infinite where one alone gives NaN or
+    infinity. None where none was captured."""
     speedup: float | None
-    """Time of a plain call over a replay's, median; None where none was captured."""
+    """Time of a plain call over a replay's, median; None where none was captured, or replays were wrong."""
 
 
 @dataclass(frozen=True, slots=True)

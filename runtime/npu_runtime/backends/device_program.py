@@ -14,7 +14,9 @@ import torch
 from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.artifact.store import Images
 from npu_runtime.backends.base import Array, GraphReport, StageTimes
+from npu_runtime.backends.replay import Limits, Verdict, judge_replays
 from npu_runtime.devices.accelerator import Accelerator
+from npu_runtime.devices.failures import is_out_of_memory
 from npu_runtime.devices.operators import Operators, watch_operators
 from npu_runtime.errors import UnavailableError, first_line
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 WARMUPS = 3
 """Runs on a side stream before a capture, as PyTorch's note on CUDA graphs asks; TorchScript optimises in them."""
 TRIALS = 9
-"""Runs of each, in turn, by which replay and plain calls are compared."""
+"""Runs of each, in turn, by which the times of replay and plain calls are compared."""
+JUDGED_SEEDS = (1, 2)
+"""Of the inputs, one after the other, on which replays are judged; the capture saw that of seed 0."""
 
 
 class DeviceProgram:
@@ -34,12 +38,15 @@ class DeviceProgram:
     caller owns what it gets.
     """
 
-    def __init__(self, accelerator: Accelerator, call: Call, spec: TensorSpec, batch: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, call: Call, spec: TensorSpec, batch: int, limits: Sequence[Limits]
+    ) -> None:
         self.accelerator = accelerator
         self._call: Call | None = call
         self._input = accelerator.drawn_images(spec, batch, seed=0)
         self._host_input = accelerator.pinned(tuple(self._input.shape), self._input.dtype)
         self._spec = spec
+        self._limits = limits
         self._host_outputs: dict[int, torch.Tensor] = {}
         self._graph: Any = None
         self._captured: Sequence[torch.Tensor] = ()
@@ -49,37 +56,47 @@ class DeviceProgram:
         return watch_operators(self.accelerator.device, self._plain)
 
     def capture(self, *, required: bool) -> GraphReport:
-        """Record the program once for replay, and compare a replay with a plain call on the same input.
+        """Record the program once for replay, and compare replays with plain calls on two inputs.
 
-        Unless it is `required`, a capture that fails, or a replay that is slower, leaves plain calls and says so.
-        Raises UnavailableError when it is required and fails.
+        A graph is used whose replays give what plain calls give, within the outputs' limits. Unless it is
+        `required`, a capture that fails, replays that give other outputs or that are slower leave plain calls, and
+        the report says so. Raises UnavailableError when it is required and fails, or gives other outputs.
         """
         batch = len(self._input)
         try:
-            with torch.inference_mode():
-                with self.accelerator.on_capture_stream():
-                    for _ in range(WARMUPS):
-                        self._plain()
-                graph = self.accelerator.new_graph()
-                with self.accelerator.capture(graph):
-                    captured = self._plain()
+            self._record()
+            verdict = self._judge()
         except (RuntimeError, AttributeError) as error:  # AttributeError: this torch_npu has no graphs
+            self._abandon_graph()
             reason = f"capture failed: {first_line(error)}"
             if not required:
                 return GraphReport(batch, False, reason, None, None)
+            if is_out_of_memory(error):
+                raise
             raise UnavailableError(
                 f"the program cannot be captured as a graph on {self.accelerator.device}",
                 where=f"batch {batch}",
                 got=reason,
                 hint='graph="auto" goes on without; TASK_QUEUE_ENABLE=2 forbids capture on an NPU',
             ) from error
-        self._graph, self._captured = graph, captured
-        difference = self._difference()
+        if verdict.breach is not None:
+            self._abandon_graph()
+            if not required:
+                reason = f"replays give other outputs: {verdict.breach}"
+                return GraphReport(batch, False, reason, verdict.max_abs_difference, None)
+            raise UnavailableError(
+                f"replays of the captured graph give other outputs than plain calls on {self.accelerator.device}",
+                where=f"batch {batch}",
+                expected="the outputs of plain calls, within the manifest's tolerances",
+                got=verdict.breach,
+                hint='graph="auto" or graph=False makes plain calls',
+            )
         speedup = self._speedup()
         if speedup < 1 and not required:
             self._drop_graph()
-            return GraphReport(batch, False, "replay is slower than plain calls here", difference, speedup)
-        return GraphReport(batch, True, None, difference, speedup)
+            reason = "replay is slower than plain calls here"
+            return GraphReport(batch, False, reason, verdict.max_abs_difference, speedup)
+        return GraphReport(batch, True, None, verdict.max_abs_difference, speedup)
 
     def run(self, pixel_values: Images, wanted: Sequence[int]) -> list[Array]:
         """The outputs of these places, in arrays of their own."""
@@ -137,15 +154,25 @@ class DeviceProgram:
             self._host_outputs[index].copy_(results[index], non_blocking=True)
         return [self._host_outputs[index] for index in wanted]
 
-    def _difference(self) -> float:
-        """Largest absolute difference of a replay from a plain call on new input; 0 when equal bit for bit."""
+    def _record(self) -> None:
         with torch.inference_mode():
-            self._input.copy_(self.accelerator.drawn_images(self._spec, len(self._input), seed=1))
-            plain = [tensor.cpu() for tensor in self._plain()]
-            replayed = [tensor.cpu() for tensor in self._compute()]
-        return max(
-            0.0 if torch.equal(a, b) else float((a.double() - b.double()).abs().max()) for a, b in zip(plain, replayed)
-        )
+            with self.accelerator.on_capture_stream():
+                for _ in range(WARMUPS):
+                    self._plain()
+            graph = self.accelerator.new_graph()
+            with self.accelerator.capture(graph):
+                captured = self._plain()
+        self._graph, self._captured = graph, captured
+
+    def _judge(self) -> Verdict:
+        """Plain calls and replays on each input, in turn, so that what a replay leaves from the one before shows."""
+        plain, replayed = [], []
+        with torch.inference_mode():
+            for seed in JUDGED_SEEDS:
+                self._input.copy_(self.accelerator.drawn_images(self._spec, len(self._input), seed))
+                plain.append([tensor.cpu() for tensor in self._plain()])
+                replayed.append([tensor.cpu() for tensor in self._compute()])
+        return judge_replays(replayed, plain, self._limits)
 
     def _speedup(self) -> float:
         """Median over rounds of plain / replayed, host time until the device is done."""
@@ -159,6 +186,17 @@ class DeviceProgram:
 
         with torch.inference_mode():
             return median(seconds(self._plain) / seconds(self._compute) for _ in range(TRIALS))
+
+    def _abandon_graph(self) -> None:
+        """Drop the graph with the pool and the stream of its capture, which may be in any state, and try the device.
+
+        Raises what a plain call raises.
+        """
+        self._drop_graph()
+        self.accelerator.forget_graph_memory()
+        with torch.inference_mode():
+            self._plain()
+        self.accelerator.synchronize()
 
     def _drop_graph(self) -> None:
         if self._graph is not None:

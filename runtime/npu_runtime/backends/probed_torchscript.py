@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from npu_runtime.artifact.store import Artifact, Images
@@ -50,7 +49,7 @@ class ProbedTorchScript:
         self._path = artifact.path / programs[0].file
         self._numerics = HeldNumerics(device, options.numerics)
         try:
-            with self._current():
+            with self._current("the weights"):
                 (method,) = open_entry_points(artifact.path, programs, device).values()
                 self._graph: Any = method.graph
         except BaseException:
@@ -75,7 +74,7 @@ class ProbedTorchScript:
         def call(pixel_values: Images) -> tuple[dict[str, Array], list[Value]]:
             # Optimising takes longer than the few runs that this function sees.
             plain = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
-            with self._current(), torch.inference_mode(), plain:
+            with self._current("a call"), torch.inference_mode(), plain:
                 outputs, *values = function(tensor_from_array(pixel_values).to(str(self._device)))
                 return dict(zip(self._outputs, map(_array, outputs))), [_array(tensor) for tensor in values]
 
@@ -87,8 +86,10 @@ class ProbedTorchScript:
         self._numerics.release()
         if self._device.kind != "cpu":
             from npu_runtime.devices.accelerator import Accelerator
+            from npu_runtime.devices.failures import ending_whatever_failed
 
-            Accelerator(self._device).release()
+            with ending_whatever_failed():
+                Accelerator(self._device).release()
 
     def _function(self, places: Sequence[str]) -> Any:
         """The program from `pixel_values` to its tuple of outputs, and the values behind it."""
@@ -115,14 +116,18 @@ class ProbedTorchScript:
         return getattr(torch._C, FROM_GRAPH)("probed", graph)
 
     @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
-        """The device is torch's current one, and nothing is cast."""
-        current: AbstractContextManager[object] = contextlib.nullcontext()
-        if self._device.kind != "cpu":
-            from npu_runtime.devices.accelerator import Accelerator
+    def _current(self, doing: str) -> Iterator[None]:
+        """The device is torch's current one, nothing is cast, and failures of an accelerator are told as such."""
+        with contextlib.ExitStack() as stack:
+            if self._device.kind != "cpu":
+                from npu_runtime.devices.accelerator import Accelerator
+                from npu_runtime.devices.failures import failures_of
 
-            current = Accelerator(self._device).current()
-        with current, without_autocast(self._device.kind):
+                accelerator = Accelerator(self._device)
+                hint = "end other processes on the device, or look into the program on the CPU"
+                stack.enter_context(accelerator.current())
+                stack.enter_context(failures_of(accelerator, where=doing, memory_hint=hint))
+            stack.enter_context(without_autocast(self._device.kind))
             yield
 
 

@@ -54,10 +54,14 @@ def open_file(path: Path, device: Device) -> torch.jit.ScriptModule:
     """What a TorchScript file holds, on a device. Raises ArtifactError where torch does not open it."""
     import torch
 
+    from npu_runtime.devices.failures import is_failure
+
     try:
         with without_jit_deprecation():
             module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=str(device))
     except RuntimeError as error:
+        if is_failure(error):  # of the device, on which the weights are put
+            raise
         raise unreadable_program(path, error, "torch") from error
     return module
 

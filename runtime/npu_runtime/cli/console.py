@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NoReturn
 
 import click
@@ -87,8 +86,8 @@ def print_conditions(reports: Mapping[str, SessionReport]) -> None:
 
 def _spell_numerics(report: SessionReport) -> str:
     settings = [f"{n.removeprefix('torch.')} {value}" for n, value in report.numerics.items() if n != "numerics"]
-    errors = {} if report.arithmetic is None else asdict(report.arithmetic)
-    measured = [f"{name} {error:.0e}" for name, error in errors.items() if error is not None]
+    errors = {} if report.arithmetic is None else report.arithmetic.errors()
+    measured = [f"{name} {error:.0e}" for name, error in errors.items()]
     told = f" ({', '.join(settings)})" if settings else ""
     return f"{report.numerics['numerics']}{told}" + (f"; errors here: {', '.join(measured)}" if measured else "")
 

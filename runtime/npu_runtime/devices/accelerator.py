@@ -95,15 +95,26 @@ class Accelerator:
         """Host memory that the device copies from and to without a detour, where it can be had."""
         import torch
 
+        plain = torch.empty(shape, dtype=dtype, device="cpu")
         try:
-            return torch.empty(shape, dtype=dtype, device="cpu").pin_memory()
+            pinned = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
         except (RuntimeError, NotImplementedError):
-            return torch.empty(shape, dtype=dtype, device="cpu")
+            return plain
+        # Where none is left, torch_npu 2.13 gives a tensor without memory (CachingHostAllocator.cpp, alloc).
+        return pinned if pinned.data_ptr() or not pinned.numel() else plain
 
     @functools.cached_property
     def graph_memory(self) -> tuple[Any, Any]:
         """A pool that the graphs share, which never run at the same time, and the stream on which they are captured."""
         return self._module.graph_pool_handle(), self._module.Stream(device=self.device.index)
+
+    def forget_graph_memory(self) -> None:
+        """Give the next graph a pool and a stream of its own.
+
+        A capture that fails to begin leaves torch_npu's allocator recording for the pool, which it refuses to do
+        twice (torch_npu/csrc/core/npu/NPUGraph.cpp, capture_begin).
+        """
+        self.__dict__.pop("graph_memory", None)
 
     def new_graph(self) -> Any:
         """An empty graph of this kind of device."""

@@ -1,4 +1,4 @@
-"""How exact a device's arithmetic is: a stated choice, held while encoders are open, and measured.
+"""How exact a device's arithmetic is to be: a stated choice, held while encoders are open.
 
 An NPU multiplies float32 as HF32 (11 bits) in convolutions and runs GELU by tanh, and a GPU convolves in TF32, unless
 they are told not to. Sources: torch_npu/npu/npu_config.py and its document of use_compatible_impl; PyTorch's note on
@@ -9,26 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from npu_runtime.devices.ambient import without_autocast
 from npu_runtime.devices.device import CPU, Device
-from npu_runtime.errors import Error, NumericsError, ProgramError, UsageError
-
-if TYPE_CHECKING:
-    import torch
+from npu_runtime.errors import Error, ProgramError, UsageError
 
 Numerics = Literal["strict", "fast"]
 """strict: float32 is float32, GELU is exact. fast: the device's own shortcuts for float32."""
 NUMERICS: tuple[Numerics, ...] = ("strict", "fast")
-
-EXACT = 1e-5
-"""Errors below are those of float32; TF32's and HF32's are 1e-4 and more, GELU's by tanh is 4.7e-4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,79 +259,3 @@ def _apply(settings: list[Setting], numerics: Numerics) -> list[Callable[[], obj
             undo()
         raise
     return restore
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """Errors of a device's float32 operators against float64 on the CPU; None for one that it does not run."""
-
-    matmul: float | None
-    """Relative L2 error of a product [64, 256] x [256, 64] of standard normals."""
-    conv: float | None
-    """Relative L2 error of a 3 x 3 convolution of 16 channels."""
-    gelu: float | None
-    """Largest error of the exact GELU x Φ(x) on [-4, 4]."""
-
-    def inexact(self) -> list[str]:
-        """Which of them are not float32's own."""
-        errors = {name: getattr(self, name) for name in OPERATORS}
-        return [name for name, error in errors.items() if error is not None and not error <= EXACT]
-
-
-OPERATORS = {
-    "matmul": ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "attention"),
-    "conv": ("conv",),
-    "gelu": ("gelu",),
-}
-"""Measured operator -> what the names of those that do the same hold."""
-
-
-def measure_arithmetic(device: torch.device) -> Arithmetic:
-    """Run each measured operator once on the device, on the same numbers everywhere."""
-    import torch
-    from torch.nn import functional
-
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    def on_device(operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor | None:
-        try:
-            return operator(*(x.to(device) for x in inputs)).cpu().double()
-        except RuntimeError:  # no kernel; a program that needs one says so by name
-            return None
-
-    def relative_l2(operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> float | None:
-        got, expected = on_device(operator, *inputs), operator(*(x.double() for x in inputs))
-        return None if got is None else float((got - expected).norm() / expected.norm())
-
-    with torch.inference_mode(), without_autocast(device.type), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an operator that falls back; a program that needs one is told so
-        x = torch.linspace(-4, 4, 257, dtype=torch.float32, device="cpu")
-        values = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()]
-        exact = torch.tensor(values, dtype=torch.float64, device="cpu")
-        gelu = on_device(functional.gelu, x)
-        return Arithmetic(
-            matmul=relative_l2(torch.matmul, normal(64, 256), normal(256, 64)),
-            conv=relative_l2(functional.conv2d, normal(1, 16, 16, 16), normal(16, 16, 3, 3)),
-            gelu=None if gelu is None else float((gelu - exact).abs().max()),
-        )
-
-
-def require_strict(arithmetic: Arithmetic, operators: Iterable[str], device: Device) -> None:
-    """Raise NumericsError when an operator that the program runs is not exact under strict numerics."""
-    for name in arithmetic.inexact():
-        used = [o for o in operators if any(part in o.partition("::")[2] for part in OPERATORS[name])]
-        if used:
-            raise NumericsError(
-                f"{name} is not exact float32 on {device}, and strict numerics ask for it",
-                operator=name,
-                where=", ".join(sorted(used)),
-                expected=f"an error below {EXACT:.0e}",
-                got=f"{getattr(arithmetic, name):.1e}, measured on the device",
-                hint="load the encoder before anything else runs on the device, set TORCH_NPU_USE_COMPATIBLE_IMPL=1 "
-                "in the environment, or take fast numerics"
-                if name == "gelu"
-                else "something else in the process or environment forces lower precision; or take fast numerics",
-            )

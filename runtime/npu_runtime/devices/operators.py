@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_runtime.devices.device import Device
+from npu_runtime.devices.failures import is_failure
+from npu_runtime.devices.observed import Call, Observer
 from npu_runtime.errors import ProgramError, UnavailableError, first_line
 
 COMPOSITE_KEYS = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
@@ -31,13 +33,16 @@ class Operators:
     fallback: tuple[str, ...]
     """Those that ran on the CPU, with copies there and back, for want of a kernel."""
     host: tuple[str, ...]
-    """Those that made tensors on the CPU: device literals that were baked into the program."""
+    """Those that made tensors on the CPU that others took: device literals that were baked into the program."""
+    calls: Mapping[str, Call]
+    """The largest call of each measured kind."""
 
 
 def watch_operators(
     device: Device, call: Callable[[], Sequence[torch.Tensor]]
 ) -> tuple[Operators, Sequence[torch.Tensor]]:
-    """Run a program once; returns what it ran and its outputs. Raises ProgramError when it mixes devices.
+    """Run a program once; returns what it ran and its outputs. Raises ProgramError when it mixes devices or does not
+    run, and failures of the device (`is_failure`) as torch raised them.
 
     An operator falls back when torch's table of kernels has none for the device, or when torch_npu warns or,
     with TORCH_NPU_FALLBACK_CPU_DISABLE=1, refuses. torch_npu warns of each operator once in a process, which
@@ -50,7 +55,10 @@ def watch_operators(
             with torch.no_grad(), mode:  # inference mode would hide what composite operators call
                 outputs = call()
         except RuntimeError as error:
-            raise _explain(error, mode, device) from error
+            cause = mode.error or error  # TorchScript's interpreter keeps little of it
+            if is_failure(cause):
+                raise cause from None
+            raise _explain(cause, mode, device) from error
     fallback = [match[1] for warning in caught if (match := _WARNED.search(str(warning.message)))]
     for warning in caught:
         if not _WARNED.search(str(warning.message)):
@@ -64,7 +72,9 @@ def watch_operators(
             hint="a device literal was baked into it; export it again",
         )
     names = frozenset(mode.names)
-    return Operators(names, tuple(dict.fromkeys([*mode.fallback, *fallback])), tuple(mode.host)), outputs
+    return Operators(
+        names, tuple(dict.fromkeys([*mode.fallback, *fallback])), tuple(mode.host), mode.observer.calls
+    ), outputs
 
 
 def refuse_fallback(operators: Operators, device: Device) -> None:
@@ -88,25 +98,32 @@ class _Watch(TorchDispatchMode):
         self.names: dict[str, None] = {}
         self.fallback: dict[str, None] = {}
         self.host: dict[str, None] = {}
+        self.observer = Observer()
+        self._made: dict[int, tuple[str, torch.Tensor]] = {}
         self.last = ""
-        self.error: RuntimeError | None = None  # as it was raised; TorchScript's interpreter keeps little of it
+        self.error: RuntimeError | None = None  # as it was raised
         self._key = getattr(torch._C.DispatchKey, device.traits.dispatch_key)
         self._accelerated = device.kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.last = func.name().partition(".")[0]
         self.names[self.last] = None
+        taken = _tensors((args, kwargs or {}))
+        self.host.update((self._made[_memory(t)][0], None) for t in taken if _memory(t) in self._made)
         try:
             result = func(*args, **(kwargs or {}))
         except RuntimeError as error:
             self.error = error
             raise
-        tensors = [t for t in _tensors((args, kwargs or {})) if t.device.type == self._accelerated]
-        if tensors and not self._has_kernel(func):
-            self.fallback[self.last] = None
-        # A number that became a tensor has no dimension and may lie on the CPU anywhere.
-        if any(t.device.type == "cpu" and t.dim() for t in _tensors(result)):
-            self.host[self.last] = None
+        if any(t.device.type == self._accelerated for t in taken):
+            self.observer.see(func, args, kwargs or {}, result)
+            if not self._has_kernel(func):
+                self.fallback[self.last] = None
+        # A number that became a tensor has no dimension and may lie on the CPU anywhere. What nothing takes costs
+        # nothing: torch_npu's attention gives a seed and an offset, on the CPU, that only its backward reads.
+        for tensor in _tensors(result):
+            if tensor.device.type == "cpu" and tensor.dim():
+                self._made.setdefault(_memory(tensor), (self.last, tensor))  # kept, or its address is used again
         return result
 
     def _has_kernel(self, func: Any) -> bool:
@@ -118,6 +135,11 @@ class _Watch(TorchDispatchMode):
         packet = func.overloadpacket
         overloads = [getattr(packet, name) for name in packet.overloads() if name.endswith("out")]
         return not overloads or any(overload.has_kernel_for_dispatch_key(self._key) for overload in overloads)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """The same for a tensor and its views."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -133,9 +155,8 @@ def _no_kernel(device: Device, names: Sequence[str]) -> UnavailableError:
     )
 
 
-def _explain(error: RuntimeError, mode: _Watch, device: Device) -> ProgramError | UnavailableError:
+def _explain(cause: RuntimeError, mode: _Watch, device: Device) -> ProgramError | UnavailableError:
     """The error of a first run: an operator that was refused, devices that were mixed, or what it is."""
-    cause = mode.error or error
     text = str(cause)
     refused = _REFUSED.search(text)
     if refused:

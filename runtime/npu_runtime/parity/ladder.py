@@ -254,7 +254,7 @@ class Ladder:
         if rung.device == "cpu":
             return rung.cause
         if isinstance(error, NumericsError):
-            return "device" if error.operator == "gelu" else "precision"
+            return "precision" if error.operator in ("matmul", "conv") else "device"
         arithmetic = draft.conditions.arithmetic if draft.conditions is not None else None
         if arithmetic is not None and {"matmul", "conv"} & set(arithmetic.inexact()):
             return "precision"

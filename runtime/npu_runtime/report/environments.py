@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 
 from npu_runtime.backends.base import SessionReport
 from npu_runtime.bench.records import BenchRecord
@@ -101,10 +100,8 @@ def _settings(conditions: Mapping[str, SessionReport]) -> str:
 
 def _arithmetic(conditions: Mapping[str, SessionReport]) -> str:
     """Errors of the device's operators against float64, as they were measured when programs were loaded."""
-    measured = [asdict(report.arithmetic) for report in conditions.values() if report.arithmetic is not None]
-    largest = {
-        name: max(errors[name] for errors in measured if errors[name] is not None)
-        for name in (measured[0] if measured else ())
-        if any(errors[name] is not None for errors in measured)
-    }
+    largest: dict[str, float] = {}
+    for report in conditions.values():
+        for kind, error in () if report.arithmetic is None else report.arithmetic.errors().items():
+            largest[kind] = max(error, largest.get(kind, error))
     return ", ".join(f"{name} {spell_error(error)}" for name, error in largest.items())

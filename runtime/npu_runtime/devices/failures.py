@@ -1,0 +1,100 @@
+"""Failures of an accelerator that no program is to blame for: too little memory, and a device that stopped working.
+
+The texts are torch_npu 2.13's (torch_npu/csrc/core/npu: NPUCachingAllocator.cpp, NPUWorkspaceAllocator.cpp,
+NPUException.h, NPUQueue.cpp) and torch's for CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from npu_runtime.devices.accelerator import Accelerator
+from npu_runtime.devices.device import Device
+from npu_runtime.errors import UnavailableError, first_line
+
+_ASKED = re.compile(r"tried to allocate ([\d.]+ ?(?:bytes|[KMGT]iB))", re.IGNORECASE)
+_MEMORY = re.compile(r"out of memory|error code(?: is |:) ?(?:207001|207018)\b", re.IGNORECASE)
+"""207001 and 207018: ACL_ERROR_RT_MEMORY_ALLOCATION and ACL_ERROR_RT_DEVICE_OOM."""
+_CODE = re.compile(r"error code(?: is |:) ?([125]07\d{3})\b")
+"""Of AscendCL's runtime, whose 107… are states, 207… resources and 507… the device; an operator's are 161… and 561…."""
+_MEANING = re.compile(r"\[Error\]: (.+)")
+_QUEUE = re.compile(r"The Inner error is reported as above\. The process exits for this inner error, and (.+?)\.\n")
+"""Of what torch_npu's task queue was asked for before, such as an operator's launch: the code is on stderr alone."""
+_CUDA = re.compile(r"CUDA error: (.+)")
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is the device's own and not the program's."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(p.search(text) for p in (_MEMORY, _CODE, _QUEUE, _CUDA))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and _MEMORY.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def failures_of(accelerator: Accelerator, *, where: str | None = None, memory_hint: str) -> Iterator[None]:
+    """Raise the device's own failures inside as UnavailableError; other errors pass.
+
+    `where` is what was being done, and `memory_hint` what to do where the memory was too little.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_failure(error):
+            raise
+        if is_out_of_memory(error):
+            raise _too_little_memory(error, accelerator, where, memory_hint) from error
+        raise _stopped_working(error, accelerator.device, where) from error
+
+
+@contextlib.contextmanager
+def ending_whatever_failed() -> Iterator[None]:
+    """Let failures of the device pass, of which whoever used it was told, while memory is given back to it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_failure(error):
+            raise
+
+
+def _too_little_memory(error: RuntimeError, accelerator: Accelerator, where: str | None, hint: str) -> UnavailableError:
+    asked = _ASKED.search(str(error))
+    try:
+        memory = accelerator.memory()
+        found = f"{_mib(memory.free_nbytes)} free of {_mib(memory.total_nbytes)}; this process's tensors hold "
+        found += _mib(memory.allocated_nbytes)
+    except RuntimeError:
+        found = first_line(error)
+    return UnavailableError(
+        f"{accelerator.device} has too little free memory",
+        where=where,
+        expected=None if asked is None else f"{asked[1]} more",
+        got=found,
+        hint=hint,
+    )
+
+
+def _stopped_working(error: RuntimeError, device: Device, where: str | None) -> UnavailableError:
+    text = str(error)
+    code, meaning, queued = _CODE.search(text), _MEANING.search(text), _QUEUE.search(text)
+    if code is not None:
+        got = f"error code {code[1]}" + (f": {meaning[1].strip()}" if meaning else "")
+    elif queued is not None:
+        got = f"{queued[1]}; torch_npu wrote the error's code to stderr"
+    else:
+        got = first_line(error)
+    tool = "npu-smi info and CANN's log (~/ascend/log) tell" if device.kind == "npu" else "nvidia-smi tells"
+    return UnavailableError(
+        f"{device} stopped working",
+        where=where,
+        got=got,
+        hint=f"{tool} more; start the process again, on another device if this one is lost",
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"

@@ -1,0 +1,90 @@
+"""What runs on the CPU is found on the vendor's torch_npu, and what only lies there is not taken for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from npu_runtime.torch_interop import without_jit_deprecation
+
+NPU = ("--device", "npu:0")
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_no_operator_of_any_family_is_taken_for_one_on_the_cpu(family_artifact: Path, command: Run) -> None:
+    """Attention gives a seed and an offset on the CPU, which nothing takes."""
+    done = command("verify", family_artifact, *NPU, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [step["conditions"]["fallback"] for step in json.loads(done.stdout)["steps"]] == [[], []]
+
+
+def test_attention_is_not_reported_as_a_fallback_where_one_is_allowed(artifact: Path, command: Run) -> None:
+    done = command("verify", artifact, *NPU, "--allow-fallback", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [step["conditions"]["fallback"] for step in json.loads(done.stdout)["steps"]] == [[], [], []]
+
+
+class Moved(torch.nn.Module):
+    """Adds a literal that is made on the CPU in each call and then moved to where the images are."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = x.flatten(1)[:, : 17 * 64].reshape(-1, 17, 64) + torch.arange(64, device="cpu").view(1, 64).to(
+            x.device
+        )
+        return tokens[:, 0], tokens
+
+
+class Mixed(torch.nn.Module):
+    """Adds what tracing on the CPU makes of `torch.arange`: a tensor that is there for ever."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = x.flatten(1)[:, : 17 * 64].reshape(-1, 17, 64) + torch.arange(64, device="cpu")
+        return tokens[:, 0], tokens
+
+
+@pytest.fixture
+def artifact_with(artifact: Path, tmp_path: Path) -> Callable[[torch.nn.Module], Path]:
+    """The tiny ViT's artifact with another program in place of its own."""
+
+    def replace(module: torch.nn.Module) -> Path:
+        copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+        with without_jit_deprecation():  # not frozen: freezing folds these literals into constants
+            program = torch.jit.script(module.eval())
+            for batch in (1, 2, 4):
+                program.define(f"def b{batch}(self, x):\n    return self.forward(x)\n")
+            torch.jit.save(program, str(copy / "model.ts"))
+        return copy
+
+    return replace
+
+
+def test_a_literal_made_on_the_cpu_is_refused_by_the_operator_that_made_it_and_reported_where_allowed(
+    command: Run, artifact_with: Callable[[torch.nn.Module], Path], rewrite: Callable[..., None]
+) -> None:
+    copy = artifact_with(Moved())
+    rewrite(copy)
+    done = command("verify", copy, *NPU, "--json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert (error["what"], error["got"]) == ("the program makes tensors on the CPU while it runs", "aten::arange")
+    allowed = command("verify", copy, *NPU, "--allow-fallback", "--json")
+    assert allowed.returncode == 3, allowed.stdout + allowed.stderr  # another program than the reference
+    assert json.loads(allowed.stdout)["steps"][0]["conditions"]["fallback"] == ["aten::arange"]
+
+
+def test_a_program_that_mixes_devices_is_refused(
+    command: Run, artifact_with: Callable[[torch.nn.Module], Path], rewrite: Callable[..., None]
+) -> None:
+    copy = artifact_with(Mixed())
+    rewrite(copy)
+    done = command("verify", copy, *NPU, "--json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert (error["what"], error["where"]) == ("the program mixes devices", "aten::add")
+    assert "baked" in error["next"]
