@@ -88,3 +88,47 @@ def test_a_program_that_mixes_devices_is_refused(
     error = json.loads(done.stdout)["error"]
     assert (error["what"], error["where"]) == ("the program mixes devices", "aten::add")
     assert "baked" in error["next"]
+
+
+def test_an_operator_that_fell_back_before_is_found_though_torch_npu_warns_once_and_to_stderr_alone(
+    script: Run, artifact: Path
+) -> None:
+    done = script(
+        """
+import warnings, npu_runtime, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    torch.nn.functional.gelu(torch.ones(3, device="npu:0"))
+assert not [w for w in caught if "fall back" in str(w.message)], caught
+try:
+    npu_runtime.load(sys.argv[1], device="npu:0")
+except npu_runtime.UnavailableError as error:
+    assert error.got == "aten::gelu", error
+else:
+    raise SystemExit("loaded")
+with npu_runtime.load(sys.argv[1], device="npu:0", allow_fallback=True, batches=[1]) as encoder:
+    assert encoder.report().fallback == ("aten::gelu",)
+""",
+        artifact,
+        EMULATED_CANN_FAULTS="no-kernel:aten::gelu",
+    )
+    assert done.stderr.count("CAUTION: The operator 'aten::gelu") == 1
+
+
+def test_what_torch_npu_refuses_by_its_variable_is_named(script: Run, artifact: Path) -> None:
+    script(
+        """
+import os
+os.environ["TORCH_NPU_FALLBACK_CPU_DISABLE"] = "1"  # after the start of Python: read at the first such operator
+import npu_runtime
+try:
+    npu_runtime.load(sys.argv[1], device="npu:0")
+except npu_runtime.UnavailableError as error:
+    assert error.got == "aten::gelu", error
+    assert "would execute its main computation on CPU through dispatcher backend fallback" in str(error.__cause__), error.__cause__
+else:
+    raise SystemExit("loaded")
+""",  # noqa: E501
+        artifact,
+        EMULATED_CANN_FAULTS="no-kernel:aten::gelu",
+    )

@@ -1,9 +1,18 @@
-"""Which operators a program runs on a device, and which of them would run on the CPU instead."""
+"""Which operators a program runs on a device, and which of them would run on the CPU instead.
+
+What torch_npu 2.9 and 2.13 do, as their source says: an operator without a kernel of theirs goes to npu_cpu_fallback
+(torch_npu/csrc/aten/VariableFallbackKernel.cpp), which warns once in a process, through a handler of its own that
+writes to stderr and never to Python's `warnings`. Builds that know TORCH_NPU_FALLBACK_CPU_DISABLE raise instead where
+it is 1; they read it at the first such operator, and keep it. torch's table of kernels shows these operators in all.
+
+Not found are operators with a kernel of torch_npu that computes on the CPU itself. op-plugin has some (op_plugin/ops:
+complex, polar, sinc, gcd, isin, nanmedian, adaptive_max_pool3d, std and var of some dtypes). Most say so on stderr, std
+and var do not, and of all such kernels the variable stops two, of sparse tensors. No encoder here runs any of them.
+"""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +29,8 @@ COMPOSITE_KEYS = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
 """torch's keys of kernels that call other operators, and so run wherever those do."""
 STRUCTURED_KEY = "CompositeExplicitAutogradNonFunctional"
 """torch's key of kernels that make an output and call the operator's overload that fills it, where there is one."""
-_WARNED = re.compile(r"operator '([\w:]+)[\w.]*' is not currently supported on the NPU backend")
 _REFUSED = re.compile(r"operator '([\w:]+)[\w.]*' would execute its main computation on CPU")
-"""What torch_npu says; the name of the overload behind the dot is left out."""
+"""What torch_npu raises; the name of the overload behind the dot is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +52,17 @@ def watch_operators(
     """Run a program once; returns what it ran and its outputs. Raises ProgramError when it mixes devices or does not
     run, and failures of the device (`is_failure`) as torch raised them.
 
-    An operator falls back when torch's table of kernels has none for the device, or when torch_npu warns or,
-    with TORCH_NPU_FALLBACK_CPU_DISABLE=1, refuses. torch_npu warns of each operator once in a process, which
-    alone would miss what ran before.
+    An operator falls back when torch's table of kernels has none for the device, or when torch_npu refuses it.
     """
     mode = _Watch(device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            with torch.no_grad(), mode:  # inference mode would hide what composite operators call
-                outputs = call()
-        except RuntimeError as error:
-            cause = mode.error or error  # TorchScript's interpreter keeps little of it
-            if is_failure(cause):
-                raise cause from None
-            raise _explain(cause, mode, device) from error
-    fallback = [match[1] for warning in caught if (match := _WARNED.search(str(warning.message)))]
-    for warning in caught:
-        if not _WARNED.search(str(warning.message)):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    try:
+        with torch.no_grad(), mode:  # inference mode would hide what composite operators call
+            outputs = call()
+    except RuntimeError as error:
+        cause = mode.error or error  # TorchScript's interpreter keeps little of it
+        if is_failure(cause):
+            raise cause from None
+        raise _explain(cause, mode, device) from cause
     astray = [str(tensor.device) for tensor in outputs if tensor.device != torch.device(str(device))]
     if astray:
         raise ProgramError(
@@ -71,10 +71,8 @@ def watch_operators(
             got=", ".join(astray),
             hint="a device literal was baked into it; export it again",
         )
-    names = frozenset(mode.names)
-    return Operators(
-        names, tuple(dict.fromkeys([*mode.fallback, *fallback])), tuple(mode.host), mode.observer.calls
-    ), outputs
+    found = Operators(frozenset(mode.names), tuple(mode.fallback), tuple(mode.host), mode.observer.calls)
+    return found, outputs
 
 
 def refuse_fallback(operators: Operators, device: Device) -> None:

@@ -3,8 +3,8 @@
 Versions of the schema:
     1.0  first.
     1.1  accelerator, threads, graph, weights, inputs[].thumbnails, steps[].outputs[].token_errors.
-    1.2  conditions.fallback may be null: unknown, where it was an empty list before; conditions.arithmetic of attention,
-         softmax, layer_norm and rms_norm, and its dtypes.
+    1.2  conditions.fallback may be null: unknown, where it was an empty list before; conditions.arithmetic of
+         attention, softmax, layer_norm and rms_norm, and its dtypes.
 """
 
 from __future__ import annotations
