@@ -42,7 +42,9 @@ def test_torchscript_of_every_family_agrees_with_the_reference_and_runs_nothing_
     report = conditions(record)
     assert report["fallback"] == []
     assert report["numerics"]["torch.npu.conv.allow_hf32"] is False
-    assert max(report["arithmetic"].values()) < 1e-6
+    measured = {kind: error for kind, error in report["arithmetic"].items() if isinstance(error, float)}
+    assert measured.keys() >= {"matmul", "conv"}
+    assert max(measured.values()) < 1e-6
     assert "fall back to run on the CPU" not in done.stderr
     launches = [line.split()[1] for line in log.read_text("utf-8").splitlines() if line.startswith("launch ")]
     assert len(launches) > 50

@@ -58,6 +58,55 @@ assert torch.npu.conv.allow_hf32 is True
     )
 
 
+BROKEN = """
+import numpy as np, npu_runtime, torch
+from npu_runtime.backends.device_program import DeviceProgram
+
+def refused(call, what):
+    try:
+        call()
+    except npu_runtime.UnavailableError as error:
+        assert error.what == what, error
+        assert "start the process again" in error.hint, error
+    else:
+        raise SystemExit(f"{call} gave what old memory held")
+
+x = np.ones((1, 3, 32, 32), np.float32)
+def fail(program):
+    torch.erfinv(program._input).cpu()  # which no CANN of these tests has
+"""
+
+
+def test_after_an_error_in_torch_npus_queue_nothing_is_read_from_old_memory(script: Run, artifact: Path) -> None:
+    script(
+        f"""{BROKEN}
+encoder = npu_runtime.load(sys.argv[1], device="npu:0", batches=[1], graph=False)
+encoder(x)
+plain = DeviceProgram._compute
+DeviceProgram._compute = fail
+refused(lambda: encoder(x), "npu:0 stopped working")
+DeviceProgram._compute = plain
+refused(lambda: encoder(2 * x), "npu:0 stopped working earlier in this process")
+encoder.close()
+refused(lambda: npu_runtime.load(sys.argv[1], device="npu:0"), "npu:0 stopped working earlier in this process")
+npu_runtime.load(sys.argv[1], device="npu:1", batches=[1], graph=False)(x)
+""",
+        artifact,
+    )
+
+
+def test_a_capture_after_which_the_device_computes_no_more_does_not_leave_plain_calls(
+    script: Run, artifact: Path
+) -> None:
+    script(
+        f"""{BROKEN}
+DeviceProgram._record = fail
+refused(lambda: npu_runtime.load(sys.argv[1], device="npu:0", graph="auto"), "npu:0 stopped working")
+""",
+        artifact,
+    )
+
+
 def test_embedding_stops_where_the_device_is_lost_and_goes_on_from_there(
     command: Run, artifact: Path, tmp_path: Path
 ) -> None:

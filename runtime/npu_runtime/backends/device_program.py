@@ -16,7 +16,7 @@ from npu_runtime.artifact.store import Images
 from npu_runtime.backends.base import Array, GraphReport, StageTimes
 from npu_runtime.backends.replay import Limits, Verdict, judge_replays
 from npu_runtime.devices.accelerator import Accelerator
-from npu_runtime.devices.failures import is_out_of_memory
+from npu_runtime.devices.failures import is_out_of_memory, require_computing
 from npu_runtime.devices.operators import Operators, watch_operators
 from npu_runtime.errors import UnavailableError, first_line
 
@@ -68,6 +68,7 @@ class DeviceProgram:
             verdict = self._judge()
         except (RuntimeError, AttributeError) as error:  # AttributeError: this torch_npu has no graphs
             self._abandon_graph()
+            require_computing(self.accelerator, error, where=f"the capture of batch {batch}")
             reason = f"capture failed: {first_line(error)}"
             if not required:
                 return GraphReport(batch, False, reason, None, None)

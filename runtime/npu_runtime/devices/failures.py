@@ -7,12 +7,13 @@ NPUException.h, NPUQueue.cpp) and torch's for CUDA.
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 from collections.abc import Iterator
 
 from npu_runtime.devices.accelerator import Accelerator
 from npu_runtime.devices.device import Device
-from npu_runtime.errors import UnavailableError, first_line
+from npu_runtime.errors import Error, UnavailableError, first_line
 
 _ASKED = re.compile(r"tried to allocate ([\d.]+ ?(?:bytes|[KMGT]iB))", re.IGNORECASE)
 _MEMORY = re.compile(r"out of memory|error code(?: is |:) ?(?:207001|207018)\b", re.IGNORECASE)
@@ -39,16 +40,58 @@ def is_out_of_memory(error: BaseException) -> bool:
 def failures_of(accelerator: Accelerator, *, where: str | None = None, memory_hint: str) -> Iterator[None]:
     """Raise the device's own failures inside as UnavailableError; other errors pass.
 
-    `where` is what was being done, and `memory_hint` what to do where the memory was too little.
+    `where` is what was being done, and `memory_hint` what to do where the memory was too little. Once a device has
+    stopped working, this raises at its beginning: nothing is to be read from it any more in this process.
     """
+    device = accelerator.device
+    if device in _STOPPED:
+        raise _STOPPED[device]
     try:
         yield
-    except RuntimeError as error:
-        if not is_failure(error):
+    except (RuntimeError, Error) as error:
+        if device in _STOPPED:  # found further inside
             raise
+        require_computing(accelerator, error, where=where)
         if is_out_of_memory(error):
             raise _too_little_memory(error, accelerator, where, memory_hint) from error
-        raise _stopped_working(error, accelerator.device, where) from error
+        if is_failure(error):
+            raise _stop(error, device, where) from error
+        raise
+
+
+def require_computing(accelerator: Accelerator, error: BaseException, *, where: str | None) -> None:
+    """After an error: raise UnavailableError where the device runs no operator any more.
+
+    After an error in its task queue torch_npu drops whatever it is asked to run, in silence, and results are what the
+    memory held before (Repository::Enqueue in torch_npu/csrc/core/npu/NPUQueue.cpp; seen on 2.13).
+    """
+    if not _computes(accelerator):
+        raise _stop(error, accelerator.device, where) from error
+
+
+_STOPPED: dict[Device, UnavailableError] = {}
+"""What is raised for devices that stopped working. torch_npu keeps that state for the process, and so does this."""
+
+
+def _stop(error: BaseException, device: Device, where: str | None) -> UnavailableError:
+    """The error to raise now; from now on the device is refused."""
+    stopped = _stopped_working(error, device, where)
+    _STOPPED[device] = UnavailableError(
+        f"{device} stopped working earlier in this process", where=where, got=stopped.got, hint=stopped.hint
+    )
+    return stopped
+
+
+def _computes(accelerator: Accelerator) -> bool:
+    """Whether the sum of two numbers that no memory holds comes back from the device."""
+    import torch
+
+    numbers = [random.getrandbits(20) for _ in range(4)]
+    try:
+        on_device = torch.tensor(numbers, dtype=torch.float32, device="cpu").to(accelerator.torch_device)
+        return (on_device + on_device).cpu().tolist() == [2 * number for number in numbers]
+    except RuntimeError as error:
+        return is_out_of_memory(error)
 
 
 @contextlib.contextmanager
@@ -61,7 +104,7 @@ def ending_whatever_failed() -> Iterator[None]:
             raise
 
 
-def _too_little_memory(error: RuntimeError, accelerator: Accelerator, where: str | None, hint: str) -> UnavailableError:
+def _too_little_memory(error: BaseException, accelerator: Accelerator, where: str | None, hint: str) -> UnavailableError:
     asked = _ASKED.search(str(error))
     try:
         memory = accelerator.memory()
@@ -78,7 +121,7 @@ def _too_little_memory(error: RuntimeError, accelerator: Accelerator, where: str
     )
 
 
-def _stopped_working(error: RuntimeError, device: Device, where: str | None) -> UnavailableError:
+def _stopped_working(error: BaseException, device: Device, where: str | None) -> UnavailableError:
     text = str(error)
     code, meaning, queued = _CODE.search(text), _MEANING.search(text), _QUEUE.search(text)
     if code is not None:
