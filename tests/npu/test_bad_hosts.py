@@ -266,7 +266,7 @@ def test_a_lost_device_is_told_where_waiting_for_it_fails(look: Look) -> None:
 
 
 def test_a_device_of_the_list_that_is_not_there_is_told_with_the_list(look: Look) -> None:
-    found = look(EMULATED_CANN_FAULTS="aclrtSetDevice=107001", ASCEND_RT_VISIBLE_DEVICES="7")
+    found = look(EMULATED_CANN_FAULTS="aclrtSetDevice=107001", ASCEND_RT_VISIBLE_DEVICES="0")
     refused(found, "npu:0 does not start", None, "name those in ASCEND_RT_VISIBLE_DEVICES, or unset it")
     assert found["load"]["got"].startswith("c10_npu::SetDevice(device) gives error 107001: Invalid device ID: ")
 

@@ -13,12 +13,10 @@ from typing import Any
 import frozen_faults
 import pytest
 import tiny
-import torch
 from PIL import Image
 
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.pipeline import export
-from npu_runtime.torch_interop import without_jit_deprecation
 
 NPU = ("--device", "npu:0")
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -212,57 +210,6 @@ def test_an_operator_without_a_kernel_is_refused_by_name_unless_it_is_allowed(co
     assert conditions(json.loads(allowed.stdout))["fallback"] == ["aten::gelu"]
     told = command("verify", artifact, *NPU, "--allow-fallback", EMULATED_CANN_FAULTS="no-kernel:aten::gelu")
     assert "on the CPU, as was allowed: aten::gelu" in told.stdout
-
-
-def test_an_operator_that_fell_back_before_and_warns_no_more_is_still_found(script: Run, artifact: Path) -> None:
-    script(
-        """
-import npu_runtime, torch, warnings
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    torch.nn.functional.gelu(torch.ones(3, device="npu:0"))
-assert "will fall back to run on the CPU" in str(caught[0].message)
-try:
-    npu_runtime.load(sys.argv[1], device="npu:0")
-except npu_runtime.UnavailableError as error:
-    assert error.got == "aten::gelu", error
-else:
-    raise SystemExit("loaded")
-""",
-        artifact,
-        EMULATED_CANN_FAULTS="no-kernel:aten::gelu",
-    )
-
-
-class BakedLiteral(torch.nn.Module):
-    """Adds what tracing makes of `torch.arange` without a device: a tensor on the CPU, for ever."""
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = x.flatten(1)[:, : 17 * 64].reshape(-1, 17, 64) + torch.arange(64)
-        return tokens[:, 0], tokens
-
-
-def test_a_program_with_a_baked_cpu_literal_is_refused(
-    command: Run, artifact: Path, tmp_path: Path, rewrite: Callable[..., None]
-) -> None:
-    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
-    shapes = {f"b{batch}": torch.zeros(batch, 3, 32, 32) for batch in (1, 2, 4)}
-
-    class Entries(BakedLiteral):
-        def b1(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.forward(x)
-
-        b2 = b4 = b1
-
-    with without_jit_deprecation():  # not frozen: freezing folds this literal into a constant, which can be moved
-        torch.jit.save(torch.jit.trace_module(Entries().eval(), shapes), str(copy / "model.ts"))
-    rewrite(copy)
-    done = command("verify", copy, *NPU, "--json")
-    assert done.returncode == 1, done.stdout + done.stderr
-    error = json.loads(done.stdout)["error"]
-    assert "devices" in error["what"] or "on the CPU" in error["what"]
-    assert "baked" in error["next"]
-    assert command("verify", copy, "--device", "cpu").returncode == 3
 
 
 def test_graphs_are_captured_replayed_and_compared_with_plain_calls(

@@ -274,7 +274,7 @@ def test_a_call_fails_from_the_one_that_was_asked_for(run: Run) -> None:
     run(program, EMULATED_CANN_FAULTS="aclrtSynchronizeDevice@3=507010,aclrtSynchronizeDeviceWithTimeout@3=507010")
 
 
-@pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("2", 1), ("0,2,1", 2), ("0,7", 1), ("", 0), ("x", 0)])
+@pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("2", 1), ("", 0)])
 def test_visible_devices_are_those_that_cann_takes(run: Run, visible: str, count: int) -> None:
     def program() -> None:
         import os

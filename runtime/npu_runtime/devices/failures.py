@@ -104,7 +104,9 @@ def ending_whatever_failed() -> Iterator[None]:
             raise
 
 
-def _too_little_memory(error: BaseException, accelerator: Accelerator, where: str | None, hint: str) -> UnavailableError:
+def _too_little_memory(
+    error: BaseException, accelerator: Accelerator, where: str | None, hint: str
+) -> UnavailableError:
     asked = _ASKED.search(str(error))
     try:
         memory = accelerator.memory()
