@@ -236,11 +236,18 @@ OPERATOR(aclnnFlashAttentionScore,
           total, softmax_out, out)) {
   TORCH_CHECK(layout == "BNSD" && !bias.defined() && !drop.defined() && sparse == 0,
               "the emulated CANN has fused attention of BNSD alone, without bias, dropout and sparse masks");
-  auto scores = at::matmul(q, k.transpose(-2, -1)).to(at::kFloat) * scale;
-  if (mask.defined()) scores = scores.masked_fill(mask.to(at::kBool), -INFINITY);
-  if (emulated::fault("attention", "uniform")) scores = at::zeros_like(scores);
-  auto m = at::amax(scores, {-1}, true), e = at::exp(scores - m), z = at::sum(e, {-1}, true);
-  write(out, at::matmul((e / z).to(v.scalar_type()), v));
-  if (maximum.defined() && maximum.numel()) maximum.copy_(m.expand_as(maximum));
-  if (total.defined() && total.numel()) total.copy_(z.expand_as(total));
+  TORCH_CHECK(q.size(1) == k.size(1), "the emulated CANN has fused attention with as many heads of keys as of queries alone");
+  auto masked = mask.defined() ? mask.to(at::kBool).expand({q.size(0), q.size(1), q.size(2), k.size(2)}) : Tensor();
+  for (int64_t image = 0; image < q.size(0); ++image) {
+    for (int64_t head = 0; head < q.size(1); ++head) {  // one after the other, so that the scores stay in the cache
+      auto of = [&](const Tensor& x) { return x[image][head]; };
+      auto scores = at::mm(of(q), of(k).t()).to(at::kFloat).mul_(scale);
+      if (masked.defined()) scores.masked_fill_(of(masked), -INFINITY);
+      if (emulated::fault("attention", "uniform")) scores.zero_();
+      auto m = at::amax(scores, {-1}, true), z = at::sum(scores.sub_(m).exp_(), {-1}, true);
+      of(out).copy_(at::mm(scores.div_(z).to(v.scalar_type()), of(v)));
+      if (maximum.defined() && maximum.numel()) of(maximum).copy_(m.expand_as(of(maximum)));
+      if (total.defined() && total.numel()) of(total).copy_(z.expand_as(of(total)));
+    }
+  }
 }
