@@ -338,22 +338,32 @@ def test_two_settings_of_the_allocator_are_a_failure(command: Run) -> None:
 
 
 def test_a_process_forked_after_the_device_was_started_is_told_to_spawn(script: Run, artifact: Path) -> None:
+    """By torch_npu after a fork of multiprocessing alone; after os.fork it would hang."""
     code = """
-import multiprocessing
+import multiprocessing, os, torch
 from npu_runtime import UnavailableError, load
 artifact, device = sys.argv[1:]
 
-def child():
+def child(how):
     try:
         load(artifact, device=device)
     except UnavailableError as error:
-        print("told:", error.fields()["got"], "->", error.hint, flush=True)
+        print(how, "told:", error.what, error.fields().get("got"), "->", error.hint, flush=True)
 
-load(artifact, device=device, allow_fallback=True).close()
-process = multiprocessing.get_context("fork").Process(target=child)
+torch.ones(1, device=device)
+process = multiprocessing.get_context("fork").Process(target=child, args=("multiprocessing",))
 process.start()
 process.join(60)
+load(artifact, device=device, batches=[1], graph=False).close()
+if os.fork() == 0:
+    child("os.fork")
+    os._exit(0)
+os.wait()
 """
-    out = script(code, artifact, "npu:1", EMULATED_CANN_DEVICES=2).stdout
-    assert "told: Cannot re-initialize NPU in forked subprocess." in out
-    assert "multiprocessing.get_context('spawn')" in out
+    out = script(code, artifact, "npu:1", EMULATED_CANN_DEVICES=2).stdout.splitlines()
+    assert len(out) == 2
+    assert out[0].startswith(
+        "multiprocessing told: npu:1 does not start Cannot re-initialize NPU in forked subprocess."
+    )
+    assert out[1].startswith("os.fork told: the process was forked after npu:1 was started")
+    assert all("multiprocessing.get_context('spawn')" in line for line in out)

@@ -46,8 +46,15 @@ def require_device(text: str) -> Device:
     return device
 
 
+_SPAWN = "load the encoder in the process that uses it, or start that by multiprocessing.get_context('spawn')"
+_started: dict[str, int] = {}
+"""Kind of device -> the process that started it. After os.fork torch_npu hangs; it notices multiprocessing alone."""
+
+
 def _start(device: Device) -> str:
     """The device's name, its package imported and its index checked."""
+    if _started.get(device.kind, os.getpid()) != os.getpid():
+        raise UnavailableError(f"the process was forked after {device} was started", hint=_SPAWN)
     if device.kind == "npu":
         import_torch_npu()
     try:
@@ -65,6 +72,7 @@ def _start(device: Device) -> str:
         module.synchronize(device.index)  # a device that is listed may be lost or in use
     except RuntimeError as error:
         raise _not_started(device, error) from error
+    _started[device.kind] = os.getpid()
     return name
 
 
@@ -72,7 +80,7 @@ def _not_started(device: Device, error: RuntimeError) -> UnavailableError:
     failed = read_cann_error(error)
     hint = "npu-runtime doctor says what is missing; --device cpu runs without"
     if "forked subprocess" in str(error):
-        hint = "load the encoder in the process that uses it, or start that by multiprocessing.get_context('spawn')"
+        hint = _SPAWN
     elif device.kind == "npu":
         code = None if failed is None else failed.code
         hint = advise_start(code, visible=device.traits.visible_variable in os.environ)
