@@ -137,7 +137,7 @@ def spell(said: dict[str, Any]) -> list[str]:
     fallback = sorted({name for report in reports for name in report["fallback"]})
     counts = [said["counts"][backend] for backend in ("eager", "torchscript")]
     found = [at["first"] for at in said["parity"]["localised"]]
-    embedded = said["embed"]
+    embedded = said["embed"]["counts"]
     return [
         said["encoder"],
         largest(said["verify"]["steps"]),

@@ -125,3 +125,23 @@ else:
         artifact,
         EMULATED_CANN_FAULTS="no-kernel:aten::gelu",
     )
+
+
+@pytest.mark.parametrize(
+    ("operator", "where"),
+    [("aclnnGeluV2", "aten::gelu"), ("aclnnFlashAttentionScore", "npu::npu_fusion_attention_v3")],
+)
+def test_an_operator_that_cann_lacks_is_named(command: Run, artifact: Path, operator: str, where: str) -> None:
+    done = command("verify", artifact, *NPU, "--json", EMULATED_CANN_FAULTS=f"missing:{operator}")
+    assert done.returncode == 4, done.stdout + done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["what"] == "this CANN lacks an operator of the program"
+    assert (error["where"], error["expected"]) == (where, f"{operator} in libopapi.so")
+
+
+def test_an_operator_that_fails_in_torch_npus_queue_is_named_with_what_cann_says(command: Run, artifact: Path) -> None:
+    done = command("verify", artifact, *NPU, "--json", EMULATED_CANN_FAULTS="missing:aclnnAddmm")
+    assert done.returncode == 4, done.stdout + done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["what"] == "npu:0 stopped working"
+    assert error["got"] == "the current working operator name is MatMul: the emulated CANN has no aclop MatMul"

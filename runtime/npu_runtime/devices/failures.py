@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from npu_runtime.devices.accelerator import Accelerator
+from npu_runtime.devices.cann import message_lines
 from npu_runtime.devices.device import Device
 from npu_runtime.errors import Error, UnavailableError, first_line
 
@@ -23,6 +24,7 @@ _CODE = re.compile(r"error code(?: is |:) ?([125]07\d{3})\b")
 _MEANING = re.compile(r"\[Error\]: (.+)")
 _QUEUE = re.compile(r"The Inner error is reported as above\. The process exits for this inner error, and (.+?)\.\n")
 """Of what torch_npu's task queue was asked for before, such as an operator's launch: the code is on stderr alone."""
+_OF_THE_QUEUE = ("The Inner error", "Since the operator", "Note: ASCEND_LAUNCH_BLOCKING")
 _CUDA = re.compile(r"CUDA error: (.+)")
 
 
@@ -129,7 +131,8 @@ def _stopped_working(error: BaseException, device: Device, where: str | None) ->
     if code is not None:
         got = f"error code {code[1]}" + (f": {meaning[1].strip()}" if meaning else "")
     elif queued is not None:
-        got = f"{queued[1]}; torch_npu wrote the error's code to stderr"
+        own = [line for line in message_lines(text) if not line.startswith(_OF_THE_QUEUE)]  # what CANN says of it
+        got = f"{queued[1]}: {own[0] if own else 'CANN says why on stderr'}"
     else:
         got = first_line(error)
     tool = "npu-smi info and CANN's log (~/ascend/log) tell" if device.kind == "npu" else "nvidia-smi tells"

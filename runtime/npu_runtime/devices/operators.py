@@ -31,6 +31,8 @@ STRUCTURED_KEY = "CompositeExplicitAutogradNonFunctional"
 """torch's key of kernels that make an output and call the operator's overload that fills it, where there is one."""
 _REFUSED = re.compile(r"operator '([\w:]+)[\w.]*' would execute its main computation on CPU")
 """What torch_npu raises; the name of the overload behind the dot is left out."""
+_NOT_IN_CANN = re.compile(r"(aclnn\w+) or \w+GetWorkspaceSize not in (\S+),")
+"""What torch_npu raises for an operator that it knows and the installed CANN does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,14 @@ def _explain(cause: RuntimeError, mode: _Watch, device: Device) -> ProgramError 
     refused = _REFUSED.search(text)
     if refused:
         return _no_kernel(device, [refused[1]])
+    missing = _NOT_IN_CANN.search(text)
+    if missing:
+        return UnavailableError(
+            "this CANN lacks an operator of the program",
+            where=mode.last or None,
+            expected=f"{missing[1]} in {missing[2]}",
+            hint="install the CANN that torch-npu's release notes name, with its operators, and source its set_env.sh",
+        )
     mixed = "same device" in text or "found at least two devices" in text
     return ProgramError(
         "the program mixes devices" if mixed else f"the program does not run on {device}",
