@@ -1,16 +1,15 @@
 # Sourced by the other scripts: an environment with pinned dependencies, made once and again when the pins change.
-# STACK names the pins: current in .venv; old, ascend (as on Ascend hosts) and npu (with the vendor's torch_npu) in
-# folders of their own, such as .venv-npu.
+# STACK names the pins: current in .venv; old, ascend (as on Ascend hosts) and, with the vendor's torch_npu, npu and
+# npu-ascend in folders of their own, such as .venv-npu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stack=${STACK:-current} extras=export,dev
+stack=${STACK:-current}
 case "$stack" in
   current) venv=.venv constraints=constraints.txt ;;
-  old | ascend) venv=.venv-$stack constraints=constraints-$stack.txt ;;
-  npu) venv=.venv-$stack constraints=constraints-$stack.txt extras=export,dev,npu ;;
+  old | ascend | npu | npu-ascend) venv=.venv-$stack constraints=constraints-$stack.txt ;;
   *)
-    echo "There is no stack $stack: choose current, old, ascend or npu." >&2
+    echo "There is no stack $stack: choose current, old, ascend, npu or npu-ascend." >&2
     exit 2
     ;;
 esac
@@ -31,7 +30,13 @@ if [ "$(cat "$venv/pins" 2>/dev/null)" != "$pins" ]; then
   echo "Making $venv with $("$python" --version) and the dependencies of $constraints; this is done once." >&2
   "$python" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$constraints" --editable ".[$extras]"
+    --constraint "$constraints" --editable ".[export,dev]"
+  case "$stack" in
+    npu*) # alone: on x86 its wheels of 2.9 ask for torch 2.9.0+cpu, which PyPI does not have
+      "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint "$constraints" --no-deps torch_npu
+      ;;
+  esac
   echo "$pins" >"$venv/pins"
 fi
 PATH="$PWD/$venv/bin:$PATH"

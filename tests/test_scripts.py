@@ -34,4 +34,4 @@ def test_a_script_says_what_it_does(name: str) -> None:
 def test_a_stack_that_is_unknown_is_refused_with_the_choices() -> None:
     run = subprocess.run([SCRIPTS / "test", "--stack", "newest"], capture_output=True, text=True)
     assert run.returncode == 2
-    assert "choose current, old, ascend or npu" in run.stderr
+    assert "choose current, old, ascend, npu or npu-ascend" in run.stderr

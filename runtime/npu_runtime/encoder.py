@@ -62,8 +62,8 @@ def load(
 
     The files that the backend opens are hashed first. Raises ArtifactError when the artifact is
     missing, changed or too new, UsageError for a backend, batch size or device that does not exist,
-    UnavailableError when a package, device or kernel is not on this machine, ProgramError when a program
-    mixes devices or strict numerics are not to be had.
+    UnavailableError when a package, device or kernel is not on this machine, its memory does not suffice or it
+    stopped working, ProgramError when a program mixes devices or strict numerics are not to be had.
     """
     from npu_runtime.artifact.store import Artifact, open_artifact
     from npu_runtime.backends.base import Options
@@ -141,8 +141,9 @@ class Encoder:
 
         That is float32 [N, 3, H, W], normalised, or uint8 [N, H, W, 3], cut to size.
         Only the outputs asked for are copied; None asks for all. The arrays belong to the caller.
-        Raises InputError for another dtype, rank or size, and ProgramError when an output holds NaN
-        or infinity, unless `allow_nonfinite` says that the caller counts them.
+        Raises InputError for another dtype, rank or size, ProgramError when an output holds NaN
+        or infinity, unless `allow_nonfinite` says that the caller counts them, and UnavailableError when the device's
+        memory was taken since (a later call may succeed) or the device stopped working (none will in this process).
         """
         names = tuple(self._outputs) if outputs is None else tuple(outputs)
         self._check(pixel_values, names)
