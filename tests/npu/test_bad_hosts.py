@@ -329,12 +329,19 @@ def test_a_list_of_devices_is_read_by_torch_npu_and_a_bad_one_told(
         assert "ASCEND_RT_VISIBLE_DEVICES" in found["doctor"]["next"]
 
 
-def test_two_settings_of_the_allocator_are_a_failure(command: Run) -> None:
-    """torch_npu: `Both PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF have been set, please set only one of them.`"""
+def test_two_settings_of_the_allocator_are_a_failure_where_torch_npu_takes_but_one(
+    command: Run, emulated_npu: Callable[..., dict[str, str]]
+) -> None:
     both = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF"), "expandable_segments:False")
+    line = [sys.executable, "-c", "import torch; torch.ones(1, device='npu:0')"]
+    used = subprocess.run(line, env=emulated_npu(**both), capture_output=True, text=True)
+    text = "Both PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF have been set, please set only one of them."
+    refused = text in used.stderr
+    assert refused == (used.returncode != 0), used.stderr
     checks = json.loads(command("doctor", "--json", **both).stdout)["checks"]
     (check,) = (check for check in checks if check["name"] == "PYTORCH_ALLOC_CONF")
-    assert (check["verdict"], check["advice"].partition(":")[0]) == ("fail", "unset PYTORCH_NPU_ALLOC_CONF")
+    assert (check["verdict"] == "fail") == refused
+    assert (check["advice"] or "").startswith("unset PYTORCH_NPU_ALLOC_CONF:") == refused
 
 
 def test_a_process_forked_after_the_device_was_started_is_told_to_spawn(script: Run, artifact: Path) -> None:
