@@ -2,7 +2,8 @@
 
 `scripts/npu_table --output build/npu` exports each from seeded weights, runs the commands of npu-runtime on it with
 `--device npu:0` and writes the table to docs/emulated-npu.md and every record to the folder. Half an hour on two cores.
-Times mean nothing there, since the emulation computes on the CPU, so the benchmark makes three rounds.
+Times mean nothing there, since the emulation computes on the CPU, so the benchmark makes three rounds. A run that was
+interrupted goes on with the encoder that it was at: a record that is in the folder is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from benchmark import installed
 
+from npu_runtime.artifact.staging import write_file
 from npu_runtime.environment import package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,8 +72,11 @@ def main() -> None:
     cann = cann_environment(build_emulated_cann(ROOT / "build" / "emulated-cann"))
     rows = []
     for encoder in ENCODERS if arguments.only is None else (arguments.only,):
-        with tempfile.TemporaryDirectory(dir=arguments.output) as work:
-            rows.append(measure(encoder, Path(work), cann, arguments.output / f"{encoder}.json"))
+        record = arguments.output / f"{encoder}.json"
+        if not record.exists():
+            with tempfile.TemporaryDirectory(dir=arguments.output) as work:
+                write_file(record, (json.dumps(measure(encoder, Path(work), cann), indent=2) + "\n").encode())
+        rows.append(json.loads(record.read_text("utf-8")))
         print(" | ".join(spell(rows[-1])), flush=True)
     if arguments.only is None:
         table = [COLUMNS, ["---"] * len(COLUMNS), *map(spell, rows)]
@@ -81,7 +86,7 @@ def main() -> None:
         PAGE.write_text(page + "".join(f"| {' | '.join(cells)} |\n" for cells in table), "utf-8")
 
 
-def measure(encoder: str, work: Path, cann: dict[str, str], record: Path) -> dict[str, Any]:
+def measure(encoder: str, work: Path, cann: dict[str, str]) -> dict[str, Any]:
     """Export an encoder, run every command on it, and keep what they said."""
     artifact = work / "artifact"
     export = ("--format", "torchscript", "--batch", "1", "--probes", "--weights", "random:0", "--output", artifact)
@@ -104,7 +109,6 @@ def measure(encoder: str, work: Path, cann: dict[str, str], record: Path) -> dic
         log = work / f"{backend}.log"
         line = [sys.executable, "-c", COUNT, str(artifact), backend, str(log)]
         said["counts"][backend] = json.loads(run(line, {**environment, "EMULATED_CANN_LOG": str(log)}))
-    record.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
     return said
 
 
