@@ -63,7 +63,7 @@ def load(
     The files that the backend opens are hashed first. Raises ArtifactError when the artifact is
     missing, changed or too new, UsageError for a backend, batch size or device that does not exist,
     UnavailableError when a package, device or kernel is not on this machine, its memory does not suffice or it
-    stopped working, ProgramError when a program mixes devices or strict numerics are not to be had.
+    stopped working, ProgramError when a program mixes devices or the device is less exact than strict numerics ask.
     """
     from npu_runtime.artifact.store import Artifact, open_artifact
     from npu_runtime.backends.base import Options

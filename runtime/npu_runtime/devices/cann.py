@@ -74,8 +74,10 @@ def advise_start(code: int | None, visible: bool) -> str:
         return "take CANN's folder devlib, which holds stubs for compiling, off LD_LIBRARY_PATH"
     if code == 107001 and visible:
         return "npu-smi info lists the devices that are there: name those in ASCEND_RT_VISIBLE_DEVICES, or unset it"
-    return f"npu-smi info lists the devices, their health and who uses them; CANN's log is in {_log()}; {CONTAINER}"
+    look = f"npu-smi info lists the devices, their health and who uses them; CANN's log is in {log_folder()}"
+    return f"{look}; {CONTAINER}"
 
 
-def _log() -> str:
+def log_folder() -> str:
+    """Where CANN writes its log."""
     return os.environ.get("ASCEND_PROCESS_LOG_PATH") or "~/ascend/log"

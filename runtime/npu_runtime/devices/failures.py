@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from npu_runtime.devices.accelerator import Accelerator
-from npu_runtime.devices.cann import message_lines
+from npu_runtime.devices.cann import log_folder, message_lines
 from npu_runtime.devices.device import Device
 from npu_runtime.errors import Error, UnavailableError, first_line
 
@@ -135,7 +135,7 @@ def _stopped_working(error: BaseException, device: Device, where: str | None) ->
         got = f"{queued[1]}: {own[0] if own else 'CANN says why on stderr'}"
     else:
         got = first_line(error)
-    tool = "npu-smi info and CANN's log (~/ascend/log) tell" if device.kind == "npu" else "nvidia-smi tells"
+    tool = f"npu-smi info and CANN's log ({log_folder()}) tell" if device.kind == "npu" else "nvidia-smi tells"
     return UnavailableError(
         f"{device} stopped working",
         where=where,

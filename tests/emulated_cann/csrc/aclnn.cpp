@@ -11,7 +11,7 @@ namespace {
 
 constexpr int PLAN_FAILED = 161002, LAUNCH_FAILED = 561000;  // ACLNN_ERR_PARAM_INVALID, ACLNN_ERR_INNER
 
-// Formats in which elements lie as the strides say: NCHW, NHWC, ND, NC1HWC0's plain kin NCDHW, NDHWC and NCL.
+// Formats in which elements lie as the strides say.
 bool is_plain(int format) {
   return format == ACL_FORMAT_NCHW || format == ACL_FORMAT_NHWC || format == ACL_FORMAT_ND || format == ACL_FORMAT_NCDHW ||
          format == ACL_FORMAT_NDHWC || format == ACL_FORMAT_NCL;

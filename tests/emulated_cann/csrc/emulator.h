@@ -45,7 +45,6 @@ struct Task {
 
 struct Graph {
   std::vector<Task> tasks;
-  aclmdlRICaptureMode mode;
   bool invalid = false;
 };
 

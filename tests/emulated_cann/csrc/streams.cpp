@@ -357,7 +357,7 @@ API aclError aclmdlRICaptureBegin(aclrtStream handle, aclmdlRICaptureMode mode) 
   std::lock_guard<std::mutex> lock(queues().mutex);
   Stream* stream = named(handle);
   if (stream->capture) return emulated::fail(ACL_ERROR_RT_STREAM_CAPTURED, "the stream is captured already");
-  stream->capture = captured_by_thread = new Graph{{}, mode};
+  stream->capture = captured_by_thread = new Graph;
   capture_mode = mode;
   return ACL_SUCCESS;
 }
