@@ -18,7 +18,7 @@ from npu_export.encoders.vit import VIT_BASE, VitShape, vit_encoder
 
 
 def _published(full: EncoderSpec, name: str, parameters: int, **changes: object) -> Published:
-    """The publication of a full-size encoder under a tiny one's name, with the same tolerances."""
+    """The publication of a full-size encoder under a tiny one's name."""
     return dataclasses.replace(
         full.published,
         name=name,

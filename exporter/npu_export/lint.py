@@ -98,7 +98,7 @@ def _float64_arguments(node: torch._C.Node) -> list[str]:
     schema = node.schema()
     if schema == "(no schema)":
         return []
-    names = _argument_names(schema)
+    names = argument_names(schema)
     return [
         name
         for name, value in zip(names, node.inputs())
@@ -107,7 +107,8 @@ def _float64_arguments(node: torch._C.Node) -> list[str]:
 
 
 @functools.cache
-def _argument_names(schema: str) -> tuple[str, ...]:
+def argument_names(schema: str) -> tuple[str, ...]:
+    """Names of an operator's arguments, by the text of its schema."""
     return tuple(argument.name for argument in torch._C.parse_schema(schema).arguments)
 
 

@@ -6,18 +6,19 @@ import contextlib
 import ctypes
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from npu_export.boundaries import BoundaryRecorder, record_boundaries
-from npu_export.encoders.spec import EncoderSpec, on_every_device
+from npu_export.boundaries import BoundaryRecorder, Scale, record_boundaries
+from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.precision import in_precision
 from npu_export.probes import Statistics, add_probes, collect_statistics
+from npu_export.proof.unrounded import check_unrounded
 from npu_export.provenance import describe_provenance
 from npu_export.reference import write_reference
 from npu_runtime.artifact.codec import encode_manifest
@@ -35,12 +36,15 @@ from npu_runtime.devices import CPU
 from npu_runtime.devices.ambient import torch_defaults
 from npu_runtime.devices.numerics import HeldNumerics
 from npu_runtime.errors import Error, ParityError
+from npu_runtime.parity.measure import Outputs
 from npu_runtime.parity.records import Step
 from npu_runtime.parity.verify import measure_parity
 from npu_runtime.steps import BYTES, Silent, Steps
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from npu_export.proof.rounding import RoundingStudy
 
 TORCHSCRIPT_FILE = "model.ts"
 REFERENCE_FILE = "reference.safetensors"
@@ -106,23 +110,36 @@ def run_export(plan: ExportPlan, steps: Steps) -> Path:
     request = plan.request
     _check_disk(plan)
     with stage(request.output, force=request.force, watch=steps) as folder:
-        artifact, statistics = write_artifact(plan, folder, steps)
+        written = write_artifact(plan, folder, steps)
         _return_freed_memory()
-        check_parity(artifact, steps)
-        if statistics is not None:
-            add_probes(artifact, statistics, steps)
+        check_parity(written.artifact, steps)
+        if written.unrounded is not None:
+            check_unrounded(written.artifact, written.unrounded, written.study.float32_tolerances(), steps)
+        if written.statistics is not None:
+            add_probes(written.artifact, written.statistics, steps)
     return request.output
 
 
-def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifact, Statistics | None]:
-    """Write the whole artifact into a folder, the manifest last, and open it. Parity is not checked here.
+class Written(NamedTuple):
+    """An artifact that is whole but for its proof, and what that needs of the network."""
 
-    Probes are not among its files yet: what they need of the network comes with it, None where none are asked for.
+    artifact: Artifact
+    study: RoundingStudy
+    unrounded: Outputs | None
+    """What the eager network gives in float32 with weights of half precision; None where there is no rounding to take
+    away."""
+    statistics: Statistics | None
+    """For the probes, which are not among its files yet; None where none are asked for."""
+
+
+def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Written:
+    """Write the whole artifact into a folder, the manifest last, and open it. Parity is not checked here.
 
     What is already whole is hashed beside the work: the freezing leaves a core free, and sha256 of the
     checkpoint, the state and the programs would take a third of the time of a large export.
     """
     from npu_export.normalisation import with_input
+    from npu_export.proof.rounding import RoundingStudy
 
     request = plan.request
     # The reference is float32 as float32, whatever the process that called asked torch for.
@@ -133,11 +150,26 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
             module = request.encoder.with_outputs(network)
             steps.detail(f"{plan.weights.parameters:,} parameters")
         with steps.step("record the reference"), _recorder(plan, network) as recorder:
-            write_reference(plan, module, folder / REFERENCE_FILE, steps)
+            recorded = write_reference(plan, module, folder / REFERENCE_FILE, steps)
+        study = RoundingStudy(recorded, request.encoder.outputs)
+        scales = None if recorder is None else recorder.scales
+        with steps.step("measure what rounding does"), _recorder(plan, network, scales) as exact:
+            study.run_float64(module)
+            steps.detail(f"float32 is {study.float32.worst():.1e} of each channel from float64")
+        if request.precision == "fp32":
+            study.run_fast(module)
         if request.precision != "fp32":
             provenance.result()  # the weights are changed next
-        module = with_input(in_precision(module, request.precision), request.input, plan.preprocessing)
-        statistics = None if recorder is None else collect_statistics(plan, network, module, recorder)
+        module, narrow = in_precision(module, request.precision), None
+        if request.precision != "fp32":
+            with steps.step(f"measure what {request.precision} rounds"), _recorder(plan, network, scales) as narrow:
+                narrow_rounding = study.run_narrow(module, request.precision)
+                steps.detail(f"{narrow_rounding.worst():.1e} of each channel")
+        module = with_input(module, request.input, plan.preprocessing)
+        unrounded = None if request.precision == "fp32" else study.run_unrounded(module, recorded.inputs)
+        statistics = None
+        if recorder is not None and exact is not None:
+            statistics = collect_statistics(request.precision, recorder, exact, narrow)
         programs: list[Program] = []
         records: dict[str, Future[RecordedFile]] = {}
         if "torchscript" in request.formats:
@@ -152,18 +184,18 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
             for name in nbytes:
                 if name not in records:
                     records[name] = pool.submit(record_file, folder, name, advance)
-            recorded = []
+            hashed_files = []
             for name in sorted(records):
-                recorded.append(records[name].result())
+                hashed_files.append(records[name].result())
                 advance(nbytes[name] if name in begun else 0)
-            files = {record.file: record for record, _ in recorded}
+            files = {record.file: record for record, _ in hashed_files}
             hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
             numerics = {name: str(value) for name, value in held.describe().items()}
             reference = Reference(REFERENCE_FILE, REFERENCE_SEEDS, numerics)
-            manifest = _describe(plan, hashed, tuple(files.values()), reference, provenance.result())
+            manifest = _describe(plan, hashed, tuple(files.values()), reference, study, provenance.result())
             (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
             steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
-    return open_artifact(folder, recorded), statistics
+    return Written(open_artifact(folder, hashed_files), study, unrounded, statistics)
 
 
 def check_parity(artifact: Artifact, steps: Steps) -> None:
@@ -214,9 +246,11 @@ def _check_disk(plan: ExportPlan) -> None:
         )
 
 
-def _recorder(plan: ExportPlan, network: nn.Module) -> AbstractContextManager[BoundaryRecorder | None]:
+def _recorder(
+    plan: ExportPlan, network: nn.Module, scales: Mapping[str, Scale] | None = None
+) -> AbstractContextManager[BoundaryRecorder | None]:
     """Records what the network gives at its boundaries where probes are asked for."""
-    return record_boundaries(network) if plan.request.probes else contextlib.nullcontext()
+    return record_boundaries(network, scales) if plan.request.probes else contextlib.nullcontext()
 
 
 def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:
@@ -263,6 +297,7 @@ def _describe(
     programs: Sequence[Program],
     files: tuple[FileRecord, ...],
     reference: Reference,
+    study: RoundingStudy,
     provenance: Provenance,
 ) -> Manifest:
     encoder = plan.request.encoder
@@ -275,6 +310,7 @@ def _describe(
         files=files,
         reference=reference,
         preprocessing=plan.preprocessing,
-        tolerances=on_every_device(encoder.published.tolerances[plan.request.precision], plan.request.precision),
+        tolerances=study.tolerances(plan.request.precision),
         provenance=provenance,
+        margins=study.margins(plan.request.precision),
     )

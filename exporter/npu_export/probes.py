@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from npu_export.boundaries import BoundaryRecorder, is_block, record_boundaries
-from npu_export.encoders.spec import ACCELERATOR_MARGIN
-from npu_export.plan import PROBES_FILE, REFERENCE_SEEDS, ExportPlan
+from npu_export.boundaries import BoundaryRecorder, is_block
+from npu_export.plan import PROBES_FILE, REFERENCE_SEEDS
+from npu_export.proof.limits import FLOAT64_IMAGES, MARGINS, PROBE_FACTORS, UNIT_ROUNDOFF, to_two_digits
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import MANIFEST_NAME, Boundary, Precision, Probes
 from npu_runtime.artifact.store import Artifact, Images, ProbeRecord, open_artifact, record_file
@@ -20,26 +20,19 @@ from npu_runtime.backends.probed import ProbedProgram, open_probed, rows_of
 from npu_runtime.backends.table import FORMATS
 from npu_runtime.devices import CPU
 from npu_runtime.errors import Error
-from npu_runtime.parity.inputs import seeded_images
-from npu_runtime.parity.places import measure_places
-from npu_runtime.parity.sketch import relative_errors, sketch_rows
+from npu_runtime.parity.places import compare_rows, measure_places
+from npu_runtime.parity.sketch import relative_errors
 from npu_runtime.steps import Steps
-
-if TYPE_CHECKING:
-    from torch import nn
 
 AT_ONCE = 16
 """Values of a program that are held in memory together."""
 ADDITIONS = ("Add", "aten::add", "aten::add_")
 """Operators that make a network's residual stream, x + f(x)."""
-NEAREST: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""The most that a value may differ, as a relative L2 error, from the output of the module that it is taken for."""
-FACTOR: Mapping[Precision, float] = {"fp32": 10, "fp16": 3, "bf16": 3}
-"""How many times the measured error a limit is, as with the tolerances of outputs."""
-LEAST_LIMIT = 5e-6
-"""What is allowed where no error was measured: an export without ONNX gives on one machine what eager gives, bit for
-bit. The same TorchScript of ViT-base on kernels for SSE in place of AVX is 8e-7 from the reference, as ONNX Runtime
-is."""
+NEAREST = 10
+"""How many times its limit a value may differ from the output of the module that it is taken for, when the program is
+searched for it; blocks differ from each other by a tenth of their norm and more."""
+FARTHEST = 0.5
+"""The most that it may differ whatever the limit, as a relative L2 error."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,9 +42,15 @@ class Statistics:
     reference: Mapping[str, ProbeRecord]
     """Of all reference images, from the unmodified fp32 network."""
     in_precision: Mapping[str, ProbeRecord]
-    """Of the first reference image, in the precision of the export."""
+    """Of the first reference image, in the arithmetic of the export."""
     sizes: Mapping[str, int]
     """Elements of an image's output."""
+    rounding: Mapping[str, float]
+    """What rounding does there: the largest relative L2 error of an image, each channel over its scale."""
+
+    def limit(self, module: str, precision: Precision) -> float:
+        """The most that a right program's error may be there by rounding."""
+        return PROBE_FACTORS[precision] * self.rounding[module]
 
 
 class Found(NamedTuple):
@@ -64,20 +63,20 @@ class Found(NamedTuple):
 
 
 def collect_statistics(
-    plan: ExportPlan, network: nn.Module, module: nn.Module, recorder: BoundaryRecorder
+    precision: Precision, recorder: BoundaryRecorder, exact: BoundaryRecorder, narrow: BoundaryRecorder | None
 ) -> Statistics:
-    """What was recorded of the reference, and the first image's in the precision of `module`."""
-    from npu_export.eager import run_eager
-
+    """What was recorded of the reference, of the network in float64, and in the half precision of the export if any."""
     reference = recorder.records(len(REFERENCE_SEEDS))
-    if plan.request.precision == "fp32":
-        first = {name: ProbeRecord(r.sketch[:1], r.norm[:1]) for name, r in reference.items()}
-        return Statistics(reference, first, recorder.sizes)
-    spec = plan.request.inputs[0]
-    image = seeded_images(REFERENCE_SEEDS[:1], spec.of_batch(1)[1:], spec.dtype)
-    with record_boundaries(network) as narrow:
-        run_eager(module, image)
-    return Statistics(reference, narrow.records(1), recorder.sizes)
+    rounded, true = (reference, exact.records(FLOAT64_IMAGES))
+    if narrow is not None:
+        rounded, true = narrow.records(len(REFERENCE_SEEDS)), reference
+    first = {name: ProbeRecord(r.sketch[:1], r.norm[:1], r.scale) for name, r in rounded.items()}
+    rounding = {}
+    for name, record in true.items():
+        if name in rounded:
+            errors = relative_errors(rounded[name].sketch[: len(record.norm)], record.sketch, record.norm)
+            rounding[name] = max(float(errors.max()), UNIT_ROUNDOFF[precision])
+    return Statistics({n: r for n, r in reference.items() if n in rounding}, first, recorder.sizes, rounding)
 
 
 def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Artifact:
@@ -106,7 +105,7 @@ def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Arti
         boundaries = tuple(
             Boundary(
                 module,
-                limit_of(errors[module], manifest.precision),
+                to_two_digits(max(statistics.limit(module, manifest.precision), 2 * errors[module])),
                 {format: found[module] for format, found in places.items() if module in found},
             )
             for module in kept
@@ -117,8 +116,8 @@ def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Arti
             probes=Probes(
                 record.file,
                 batch,
-                ACCELERATOR_MARGIN[manifest.precision],
-                _basis(errors, manifest.precision),
+                MARGINS["npu"][manifest.precision],
+                _basis(statistics, kept, manifest.precision),
                 boundaries,
             ),
         )
@@ -127,17 +126,13 @@ def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Arti
     return open_artifact(artifact.path)
 
 
-def limit_of(error: float, precision: Precision) -> float:
-    """The limit for a measured error, to two digits."""
-    return float(f"{max(FACTOR[precision] * error, LEAST_LIMIT):.2g}")
-
-
-def _basis(errors: Mapping[str, float], precision: Precision) -> str:
-    least, most = (choose(errors, key=lambda module: errors[module]) for choose in (min, max))
+def _basis(statistics: Statistics, modules: Collection[str], precision: Precision) -> str:
+    least, most = (choose(modules, key=lambda module: statistics.rounding[module]) for choose in (min, max))
+    of = statistics.rounding
     return (
-        f"{FACTOR[precision]:g} times the largest relative L2 error of an image on this CPU over the formats, at least "
-        f"{LEAST_LIMIT:g}; measured {errors[least]:.1e} at {least} to {errors[most]:.1e} at {most}; "
-        "not measured on other devices"
+        f"{PROBE_FACTORS[precision]:g} times what rounding does there: the largest relative L2 error of an image, each "
+        f"channel over its scale, {of[least]:.1e} at {least} to {of[most]:.1e} at {most}; at least twice what a format "
+        "was off on this CPU"
     )
 
 
@@ -147,15 +142,16 @@ def _probe_program(
     """For each boundary that is found in a format's program its place, and the largest relative L2 error there."""
     inputs, _ = artifact.read_reference()
     options = Options((batch,), graph=False)
-    nearest = NEAREST[artifact.manifest.precision]
+    precision = artifact.manifest.precision
+    nearest = {m: min(NEAREST * statistics.limit(m, precision), FARTHEST) for m in statistics.reference}
     with open_probed(artifact, CPU, options, backend=FORMATS[format]) as program:
         found = find_places(program, statistics, inputs[:1], batch, nearest, steps)
         if lost := [module for module in statistics.reference if is_block(module) and module not in found]:
             raise Error(
                 f"blocks of the network were not found in the {format} program",
                 where=artifact.manifest.encoder,
-                expected=f"for each block, in order, a value within {nearest:.0e} of its output",
-                got=f"none for {', '.join(lost)}",
+                expected="for each block, in order, a value as near to its output as rounding allows",
+                got=f"none for {', '.join(f'{module} within {nearest[module]:.0e}' for module in lost)}",
                 hint="export without --probes; this is a fault of the export or of a library, please report it",
             )
         modules = [module for module in statistics.reference if module in found]
@@ -173,13 +169,19 @@ def _probe_program(
 
 
 def find_places(
-    program: ProbedProgram, statistics: Statistics, image: Images, batch: int, nearest: float, steps: Steps
+    program: ProbedProgram,
+    statistics: Statistics,
+    image: Images,
+    batch: int,
+    nearest: Mapping[str, float],
+    steps: Steps,
 ) -> dict[str, Found]:
     """For each boundary the value of the program that is nearest to the network's on an image [1, ...].
 
     The residual additions are tried first: additions to what another operator reads as well. For what is not among
     them, every value between the places of the boundaries before and after it is. What has no value as near as
-    `nearest` is left out, and so is what stands in another order than the network computes.
+    `nearest`, a relative L2 error by module, is left out, and so is what stands in another order than the network
+    computes.
     """
     images = np.repeat(image, batch, axis=0)
     places = program.places()
@@ -202,7 +204,7 @@ def _nearest_values(
     images: Images,
     statistics: Statistics,
     candidates: Mapping[str, Sequence[int]],
-    nearest: float,
+    nearest: Mapping[str, float],
     steps: Steps,
 ) -> dict[str, Found]:
     """For each module the nearest of its candidates, which are positions of places, if it is near enough."""
@@ -222,11 +224,9 @@ def _nearest_values(
             modules = [module for module in wanted_at[position] if statistics.sizes[module] == size]
             if rows is None or not modules:
                 continue
-            sketch = sketch_rows(rows[:1])
             for module in modules:
-                record = statistics.in_precision[module]
-                error = float(relative_errors(sketch, record.sketch, record.norm)[0])
-                if error <= nearest and (module not in best or error < best[module].error):
+                error = float(compare_rows(value, statistics.in_precision[module], [0], len(images))[0])
+                if error <= nearest[module] and (module not in best or error < best[module].error):
                     best[module] = Found(position, places[position].name, error)
         advance(1)
     return best

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -10,7 +12,7 @@ import numpy as np
 from npu_export.errors import CheckpointError
 from npu_export.plan import REFERENCE_SEEDS, ExportPlan
 from npu_runtime.artifact.schema import Preprocessing
-from npu_runtime.artifact.store import Images
+from npu_runtime.artifact.store import Array, Images
 from npu_runtime.parity.inputs import seeded_images
 from npu_runtime.preprocess import Pixels, normalise
 from npu_runtime.steps import Steps
@@ -19,7 +21,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def write_reference(plan: ExportPlan, module: nn.Module, path: Path, steps: Steps) -> None:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the reference holds, as the network itself takes and gives it."""
+
+    inputs: Images
+    """As the programs take them."""
+    pixel_values: Images
+    """Normalised float32 [N, 3, H, W], whatever a program takes."""
+    outputs: Mapping[str, Array]
+    """By name, float32 [N, ...]."""
+
+
+def write_reference(plan: ExportPlan, module: nn.Module, path: Path, steps: Steps) -> Recorded:
     """Run the eager network one image at a time, which is what batch 1 must give bit for bit.
 
     Pixels are normalised for it as `npu_runtime` prepares images, so that programs which do so themselves are judged.
@@ -32,8 +46,9 @@ def write_reference(plan: ExportPlan, module: nn.Module, path: Path, steps: Step
     inputs = seeded_images(REFERENCE_SEEDS, spec.of_batch(1)[1:], spec.dtype)
     advance = steps.count(len(inputs), "images")
     rows = []
-    for image in inputs:
-        rows.append(run_eager(module, _normalised(image, plan.preprocessing)[None]))
+    pixel_values = np.stack([_normalised(image, plan.preprocessing) for image in inputs])
+    for image in pixel_values:
+        rows.append(run_eager(module, image[None]))
         advance(1)
     outputs = {spec.name: np.concatenate(arrays) for spec, arrays in zip(encoder.outputs, zip(*rows))}
     for name, array in outputs.items():
@@ -45,6 +60,7 @@ def write_reference(plan: ExportPlan, module: nn.Module, path: Path, steps: Step
                 hint="the checkpoint is damaged or not this encoder's",
             )
     path.write_bytes(save({spec.name: inputs, **outputs}))
+    return Recorded(inputs, pixel_values, outputs)
 
 
 def _normalised(image: Images, preprocessing: Preprocessing) -> Images:

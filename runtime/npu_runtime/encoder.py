@@ -17,11 +17,10 @@ from npu_runtime.errors import InputError, ProgramError, UsageError
 from npu_runtime.steps import Advance, unwatched
 
 if TYPE_CHECKING:
-    from npu_runtime.artifact.schema import Manifest
+    from npu_runtime.artifact.schema import Manifest, Numerics
     from npu_runtime.artifact.store import Artifact, Images
     from npu_runtime.backends.base import Array, GraphChoice, Session, SessionReport, StageTimes
     from npu_runtime.devices import Device
-    from npu_runtime.devices.numerics import Numerics
     from npu_runtime.stream import OnBad, Source, Stream
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mutations import MUTATIONS, changed_after_the_reference, on_network, swap_blocks
+from mutations import MUTATIONS, changed_before_the_freezing, on_network, swap_blocks
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -225,7 +225,7 @@ def test_an_export_in_half_precision_halves_the_weights_and_agrees_with_eager(
 def test_a_program_of_half_precision_that_differs_fails_parity_and_leaves_nothing(
     precision: str, formats: tuple[str, ...], near: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with changed_after_the_reference(on_network(swap_blocks), monkeypatch), pytest.raises(ParityError):
+    with changed_before_the_freezing(on_network(swap_blocks), monkeypatch), pytest.raises(ParityError):
         export("tiny-vit", weights="random:0", precision=precision, formats=formats, output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -259,7 +259,7 @@ def test_a_program_that_differs_from_the_reference_fails_parity_and_leaves_nothi
     change: Callable[[Any], None], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
-        changed_after_the_reference(change, monkeypatch),
+        changed_before_the_freezing(change, monkeypatch),
         pytest.raises(ParityError, match="differs from the eager reference") as raised,
     ):
         export("tiny-vit", weights=str(tiny_checkpoint), batch=(2,), output=tmp_path / "out")
@@ -273,7 +273,7 @@ def test_a_program_that_differs_from_the_reference_fails_parity_and_leaves_nothi
 def test_a_change_that_changes_nothing_passes_parity(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with changed_after_the_reference(lambda module: None, monkeypatch):
+    with changed_before_the_freezing(lambda module: None, monkeypatch):
         assert export("tiny-vit", weights=str(tiny_checkpoint), output=tmp_path / "out").is_dir()
 
 
@@ -411,7 +411,7 @@ def test_a_failed_export_keeps_the_artifact_that_it_would_have_replaced(
     artifact_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in artifact_copy.iterdir()}
-    with changed_after_the_reference(on_network(swap_blocks), monkeypatch), pytest.raises(ParityError):
+    with changed_before_the_freezing(on_network(swap_blocks), monkeypatch), pytest.raises(ParityError):
         export("tiny-vit", weights="random:1", output=artifact_copy, force=True)
     assert {path.name: path.read_bytes() for path in artifact_copy.iterdir()} == before
     assert list(artifact_copy.parent.iterdir()) == [artifact_copy]

@@ -14,10 +14,9 @@ from npu_export.encoders.blocks import (
     mean_and_tokens,
 )
 from npu_export.encoders.images import CLIP, crop
-from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Published, limits
+from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Published
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Reshape
-from npu_runtime.artifact.schema import Precision, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,31 +158,12 @@ def aimv2_encoder(published: Published, shape: Aimv2Shape) -> EncoderSpec:
     )
 
 
-TOLERANCES: Mapping[Precision, tuple[Tolerance, ...]] = {
-    "fp32": limits(
-        "ONNX Runtime 1.1e-5 and 2.0e-6; TorchScript 0",
-        embedding=(5e-5, 1e-5),
-        tokens=(5e-5, 1e-5),
-    ),
-    "fp16": limits(
-        "eager 3.1e-3 and 1.4e-3, tokens 1.8e-2 and 2.9e-3",
-        embedding=(0.01, 4e-3),
-        tokens=(0.06, 7e-3),
-    ),
-    "bf16": limits(
-        "eager 2.3e-2 and 1.1e-2, tokens 1.5e-1 and 2.3e-2",
-        embedding=(0.07, 0.02),
-        tokens=(0.45, 0.035),
-    ),
-}
-
 AIMV2_LARGE_DISTILLED = aimv2_encoder(
     Published(
         name="aimv2-large-distilled",
         hub_id="apple/aimv2-large-patch14-224-distilled",
         aliases=("aimv2_large_patch14_224", "aimv2_large_patch14_224.apple_pt_dist"),
         parameters=309_197_824,
-        tolerances=TOLERANCES,
         lookalikes=tuple(
             Lookalike(
                 f"head.{key}",

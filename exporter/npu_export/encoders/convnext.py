@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,10 +12,10 @@ from npu_export.encoders.blocks import (
     own_head,
 )
 from npu_export.encoders.images import CLIP, crop
-from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Published, limits
+from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Published
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Zeros
-from npu_runtime.artifact.schema import Precision, TensorSpec, Tolerance
+from npu_runtime.artifact.schema import TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,28 +100,12 @@ def convnext_encoder(published: Published, shape: ConvNextShape) -> EncoderSpec:
     )
 
 
-TOLERANCES: Mapping[Precision, tuple[Tolerance, ...]] = {
-    "fp32": limits(
-        "ONNX Runtime 2.4e-6 and 5.5e-7; TorchScript 0",
-        embedding=(5e-5, 1e-5),
-    ),
-    "fp16": limits(
-        "eager 3.6e-3 and 8.5e-4",
-        embedding=(0.012, 3e-3),
-    ),
-    "bf16": limits(
-        "eager 2.3e-2 and 6.8e-3",
-        embedding=(0.07, 0.013),
-    ),
-}
-
 CONVNEXT_BASE_CLIP = convnext_encoder(
     Published(
         name="convnext-base-clip",
         hub_id="timm/convnext_base.clip_laion2b",
         aliases=("convnext_base.clip_laion2b", "convnext_base_w", "laion/CLIP-convnext_base_w-laion2B-s13B-b82K"),
         parameters=88_222_464,
-        tolerances=TOLERANCES,
         lookalikes=(
             Lookalike("head.proj.weight", (512, 1024), "a projection to 512: open_clip's convnext_base without _w"),
             Lookalike(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,10 @@ from npu_export.encoders.blocks import (
     rename_modules,
 )
 from npu_export.encoders.images import IMAGENET, crop
-from npu_export.encoders.spec import EncoderSpec, Layout, Positions, Published, limits
+from npu_export.encoders.spec import EncoderSpec, Layout, Positions, Published
 from npu_export.encoders.vit import TIMM_BLOCK, VitShape
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import FoldPosition
-from npu_runtime.artifact.schema import Precision, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,24 +151,6 @@ def dinov2_encoder(published: Published, shape: VitShape) -> EncoderSpec:
     )
 
 
-TOLERANCES: Mapping[Precision, tuple[Tolerance, ...]] = {
-    "fp32": limits(
-        "ONNX Runtime 6.0e-6 and 7.7e-7; TorchScript 0",
-        embedding=(5e-5, 1e-5),
-        tokens=(5e-5, 1e-5),
-    ),
-    "fp16": limits(
-        "eager 4.7e-3 and 1.5e-3, tokens 1.4e-2 and 1.2e-3",
-        embedding=(0.025, 4e-3),
-        tokens=(0.04, 4e-3),
-    ),
-    "bf16": limits(
-        "eager 4.7e-2 and 1.2e-2, tokens 9.8e-2 and 9.5e-3",
-        embedding=(0.15, 0.02),
-        tokens=(0.3, 0.02),
-    ),
-}
-
 DINOV2_SMALL_REG4 = dinov2_encoder(
     Published(
         name="dinov2-small-reg4",
@@ -180,7 +161,6 @@ DINOV2_SMALL_REG4 = dinov2_encoder(
             "facebook/dinov2-with-registers-small",
         ),
         parameters=22_057_344,
-        tolerances=TOLERANCES,
     ),
     VitShape(image=518, patch=14, width=384, depth=12, heads=6),
 )

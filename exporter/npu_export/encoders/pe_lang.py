@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,11 +16,10 @@ from npu_export.encoders.blocks import (
     rename_modules,
 )
 from npu_export.encoders.images import HALF, crop, squash
-from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Positions, Published, limits
+from npu_export.encoders.spec import EncoderSpec, Layout, Lookalike, Positions, Published
 from npu_export.encoders.vit import TIMM_BLOCK, VitShape
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Reshape
-from npu_runtime.artifact.schema import Precision, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,31 +115,12 @@ def pe_lang_encoder(published: Published, shape: VitShape, reference_grid: int) 
     )
 
 
-TOLERANCES: Mapping[Precision, tuple[Tolerance, ...]] = {
-    "fp32": limits(
-        "ONNX Runtime 8.1e-6 and 7.1e-7; TorchScript 0",
-        embedding=(5e-5, 1e-5),
-        tokens=(5e-5, 1e-5),
-    ),
-    "fp16": limits(
-        "eager 1.0e-2 and 1.5e-3, tokens 2.5e-2 and 1.6e-3",
-        embedding=(0.03, 4e-3),
-        tokens=(0.075, 4e-3),
-    ),
-    "bf16": limits(
-        "eager 8.2e-2 and 1.2e-2, tokens 1.9e-1 and 1.2e-2",
-        embedding=(0.25, 0.019),
-        tokens=(0.6, 0.017),
-    ),
-}
-
 PE_LANG_L14_448 = pe_lang_encoder(
     Published(
         name="pe-lang-l14-448",
         hub_id="facebook/PE-Lang-L14-448",
         aliases=("vit_pe_lang_large_patch14_448", "vit_pe_lang_large_patch14_448.fb", "PE-Lang-L14-448"),
         parameters=291_415_040,
-        tolerances=TOLERANCES,
         lookalikes=(
             Lookalike("ln_post.weight", None, "a final norm (ln_post): PE-Core has one, PE-Lang has none"),
             Lookalike("attn_pool.probe", None, "attention pooling (attn_pool): PE-Core has it, PE-Lang does not"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from npu_export.keymap import Drop, Rule
-from npu_runtime.artifact.schema import DeviceKind, Precision, Preprocessing, TensorSpec, Tolerance, input_spec
+from npu_runtime.artifact.schema import Preprocessing, TensorSpec, input_spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,6 @@ class Published:
     aliases: tuple[str, ...]
     parameters: int
     """Elements of all parameters at the published image size, heads that are not used left out."""
-    tolerances: Mapping[Precision, tuple[Tolerance, ...]]
     lookalikes: tuple[Lookalike, ...] = ()
     weight_files: tuple[str, ...] = ()
     """Names of weights files on the hub beside the usual ones."""
@@ -111,41 +110,3 @@ class EncoderSpec:
 
     def layout_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(layout.name for layout in self.layouts))
-
-
-MEASURED = (
-    "measured with seeded weights on x86 CPUs, largest absolute error and largest relative L2 error of an image: "
-)
-ACCELERATORS: tuple[DeviceKind, ...] = ("cuda", "npu")
-ACCELERATOR_MARGIN: Mapping[Precision, float] = {"fp32": 10, "fp16": 2, "bf16": 2}
-"""How much farther than a CPU an accelerator may be from the reference. It sums in another order, which in float32
-is all of the CPU's own error and in half precision a part of it. HF32 and TF32 keep 10 bits of a mantissa, an error
-of 1e-4 to 1e-3, which stays outside."""
-
-
-def limits(measured: str, **outputs: tuple[float, float]) -> tuple[Tolerance, ...]:
-    """Tolerances of each output on the CPU: the largest absolute error, then the largest relative L2 error of an image.
-
-    In fp32 a limit is about five to ten times what was measured, in fp16 and bf16, whose rounding is the same
-    wherever it is done, about three times and, for the relative error, as near as finding two swapped
-    projections in one layer needs (tests/exporter/test_mutations.py).
-    """
-    basis = MEASURED + measured
-    return tuple(
-        tolerance
-        for output, (absolute, relative) in outputs.items()
-        for tolerance in (
-            Tolerance(output, "max_abs_error", absolute, basis),
-            Tolerance(output, "max_relative_l2_error", relative, basis),
-        )
-    )
-
-
-def on_every_device(tolerances: Sequence[Tolerance], precision: Precision) -> tuple[Tolerance, ...]:
-    """The CPU's tolerances, and those of accelerators, which no hardware has confirmed yet, as their basis says."""
-    margin = ACCELERATOR_MARGIN[precision]
-    basis = f"{margin:g} times the CPU's, which allows for sums in another order; not measured on this hardware"
-    return (
-        *tolerances,
-        *(replace(t, limit=margin * t.limit, basis=basis, device=kind) for kind in ACCELERATORS for t in tolerances),
-    )

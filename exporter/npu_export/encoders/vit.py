@@ -17,10 +17,9 @@ from npu_export.encoders.blocks import (
     rename_modules,
 )
 from npu_export.encoders.images import HALF, crop, squash
-from npu_export.encoders.spec import EncoderSpec, Layout, Positions, Published, limits
+from npu_export.encoders.spec import EncoderSpec, Layout, Positions, Published
 from npu_export.keymap import Drop, Rule, rename
 from npu_export.operations import Chain, Concatenate, Operation, Reshape, Transpose
-from npu_runtime.artifact.schema import Precision, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -207,31 +206,12 @@ def vit_encoder(published: Published, shape: VitShape) -> EncoderSpec:
     )
 
 
-TOLERANCES: Mapping[Precision, tuple[Tolerance, ...]] = {
-    "fp32": limits(
-        "ONNX Runtime 5.3e-6 and 9.4e-7; TorchScript 0",
-        embedding=(5e-5, 1e-5),
-        tokens=(5e-5, 1e-5),
-    ),
-    "fp16": limits(
-        "eager 8.3e-3 and 1.4e-3, tokens 8.7e-3 and 1.2e-3",
-        embedding=(0.025, 4e-3),
-        tokens=(0.03, 4e-3),
-    ),
-    "bf16": limits(
-        "eager 6.4e-2 and 1.1e-2, tokens 8.0e-2 and 1.0e-2",
-        embedding=(0.2, 0.02),
-        tokens=(0.25, 0.02),
-    ),
-}
-
 VIT_BASE = vit_encoder(
     Published(
         name="vit-base",
         hub_id="google/vit-base-patch16-224",
         aliases=("vit_base_patch16_224",),
         parameters=85_798_656,
-        tolerances=TOLERANCES,
     ),
     VitShape(image=224, patch=16, width=768, depth=12, heads=12),
 )

@@ -8,17 +8,19 @@ Versions of the schema:
     2.2  tolerances[].device, outputs[].groups, probes.
     2.3  preprocessing.publisher and .crop_offset, which was always even.
     2.4  an input of uint8 [B, H, W, 3], which the programs normalise.
+    2.5  tolerances[].group, .numerics, .measured and the scaled metrics; margins in place of tolerances for each
+         device; probes of outputs over the scale of each channel.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 SCHEMA_MAJOR = 2
-SCHEMA_MINOR = 4
+SCHEMA_MINOR = 5
 
 MANIFEST_NAME = "manifest.json"
 
@@ -35,6 +37,11 @@ def variant_name(encoder: str, precision: Precision, dtype: InputDtype) -> str:
 
 
 DeviceKind = Literal["cpu", "cuda", "npu"]
+
+Numerics = Literal["strict", "fast"]
+"""strict: float32 is float32, GELU is exact. fast: the device's own shortcuts for float32."""
+
+ToleranceMetric = Literal["max_abs_error", "max_relative_l2_error", "max_scaled_error", "max_scaled_rmse"]
 
 Publisher = Literal["hf", "timm", "upstream"]
 """Whose processor prepares images: Hugging Face's, timm's, or that of those who trained the encoder."""
@@ -140,11 +147,33 @@ class Tolerance:
     """The most that a metric of an output may be, set before the run that it judges."""
 
     output: str
-    metric: Literal["max_abs_error", "max_relative_l2_error"]
+    metric: ToleranceMetric
     limit: float
     basis: str
+    """How the limit was set."""
     device: DeviceKind = "cpu"
     """Kind of device that ran the program; the reference is always the CPU's."""
+    group: str | None = None
+    """Kind of tokens; None for the whole output."""
+    numerics: Numerics = "strict"
+    """What the device was asked for. On the CPU both are the same."""
+    measured: float | None = None
+    """What rounding alone does to the metric in this network with these weights, of which the limit is a multiple;
+    None in manifests before 2.5, whose limits were the same for all weights."""
+
+    @property
+    def name(self) -> str:
+        """`tokens.cls.max_scaled_error`, by which a limit is named on the command line."""
+        return ".".join(filter(None, (self.output, self.group, self.metric)))
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """How many times the CPU's limits those of another kind of device are, and what that allows for."""
+
+    device: DeviceKind
+    factor: float
+    basis: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +195,7 @@ class Probes:
 
     file: str
     """safetensors: for each boundary `MODULE.sketch` [N, K] and `MODULE.norm` [N], float64, of the reference's N
-    images, from the unmodified fp32 eager network on the CPU."""
+    images, from the unmodified fp32 eager network on the CPU, and `MODULE.scale`, by which its output was divided."""
     batch: int
     """Batch size of the programs that the places are of."""
     accelerator_margin: float
@@ -242,11 +271,30 @@ class Manifest:
     provenance: Provenance
     probes: Probes | None = None
     """None where the artifact was exported without them."""
+    margins: tuple[Margin, ...] = ()
+    """One for each kind of device but the CPU; empty before 2.5, whose tolerances name the device."""
 
-    def tolerances_on(self, device: str) -> tuple[Tolerance, ...]:
-        """The tolerances of a kind of device; the CPU's where a manifest before 2.2 has no others."""
-        return tuple(t for t in self.tolerances if t.device == device) or tuple(
-            t for t in self.tolerances if t.device == "cpu"
+    def tolerances_on(self, device: str, numerics: Numerics = "strict") -> tuple[Tolerance, ...]:
+        """The tolerances of a kind of device under a choice of numerics.
+
+        Those of fast numerics where the manifest has any, else the strict ones. Where none name the device they are
+        the CPU's times its margin, and before 2.2, which has no margin, the CPU's.
+        """
+        of_device = [t for t in self.tolerances if t.device == device]
+        found = of_device or [t for t in self.tolerances if t.device == "cpu"]
+        wanted: Numerics = "strict" if device == "cpu" else numerics
+        chosen = [t for t in found if t.numerics == wanted] or [t for t in found if t.numerics == "strict"]
+        margin = next((m for m in self.margins if m.device == device), None)
+        if of_device or margin is None:
+            return tuple(chosen)
+        return tuple(
+            replace(
+                t,
+                limit=margin.factor * t.limit,
+                device=margin.device,
+                basis=f"{t.basis}; {margin.factor:g} times that on {device}, {margin.basis}",
+            )
+            for t in chosen
         )
 
     def formats(self) -> tuple[str, ...]:

@@ -36,9 +36,12 @@ class ProbeRecord(NamedTuple):
     """What the reference network gave at a boundary, for each of the reference's N images."""
 
     sketch: npt.NDArray[np.float64]
-    """[N, K], as parity/sketch.py makes them."""
+    """[N, K], as parity/sketch.py makes them, of the output over `scale`."""
     norm: npt.NDArray[np.float64]
-    """[N]."""
+    """[N], of the output over `scale`."""
+    scale: npt.NDArray[np.float32] = np.ones((), np.float32)
+    """By which an image's output is divided, so that massive channels do not hide the others: [D] of [..., D],
+    [C, 1] of [C, ...], or 1 for all, as in artifacts before 2.5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,8 @@ class Artifact:
                     got=", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())[:200],
                     hint="export the artifact again",
                 )
-            records[module] = ProbeRecord(sketch.astype(np.float64), norm.astype(np.float64))
+            scale = tensors.get(f"{module}.scale", np.ones((), np.float32))
+            records[module] = ProbeRecord(sketch.astype(np.float64), norm.astype(np.float64), scale)
         return records
 
     def _read_tensors(self, name: str, what: str) -> tuple[Path, dict[str, npt.NDArray[Any]]]:

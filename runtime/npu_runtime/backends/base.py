@@ -9,11 +9,10 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from npu_runtime.artifact.schema import Program
+from npu_runtime.artifact.schema import Numerics, Program
 from npu_runtime.artifact.store import Artifact, Images
 from npu_runtime.devices import Device
 from npu_runtime.devices.arithmetic import Arithmetic
-from npu_runtime.devices.numerics import Numerics
 from npu_runtime.errors import ArtifactError, UnavailableError, UsageError, first_line
 
 Array = npt.NDArray[np.float32]

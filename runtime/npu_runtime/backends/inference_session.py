@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from npu_runtime.artifact.schema import Numerics
 from npu_runtime.backends.base import Options, missing_package, unreadable_program
 from npu_runtime.backends.onnx_bytes import with_outputs
 from npu_runtime.devices import Device
 from npu_runtime.devices.cores import threads_within_cores
 from npu_runtime.devices.device import KINDS
-from npu_runtime.devices.numerics import Numerics
 from npu_runtime.errors import ArtifactError, UnavailableError
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ class Limits:
 def replay_limits(manifest: Manifest, kind: str) -> tuple[Limits, ...]:
     """The outputs' own tolerances on a kind of device, in the manifest's order; 0 for an output without any."""
     found: dict[str, dict[str, float]] = {output.name: {} for output in manifest.outputs}
-    for tolerance in manifest.tolerances_on(kind):
+    for tolerance in (t for t in manifest.tolerances_on(kind) if t.group is None):
         found[tolerance.output][tolerance.metric] = tolerance.limit
 
     def limits(output: str, by_metric: Mapping[str, float]) -> Limits:

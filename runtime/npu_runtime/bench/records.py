@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
-from npu_runtime.artifact.schema import Precision, Weights
+from npu_runtime.artifact.schema import Numerics, Precision, Weights
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import GraphChoice, SessionReport, StageTimes
 from npu_runtime.backends.table import EAGER, FORMATS
@@ -15,7 +15,6 @@ from npu_runtime.bench.cold import ColdStart
 from npu_runtime.bench.statistics import Comparison, Latency, compare_paired, summarise_latency
 from npu_runtime.bench.throughput import Load
 from npu_runtime.devices import parse_device
-from npu_runtime.devices.numerics import Numerics
 from npu_runtime.environment import AcceleratorRecord
 
 STAGES = tuple(stage.name for stage in fields(StageTimes))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from npu_runtime.artifact.schema import Manifest, Tolerance
+from npu_runtime.artifact.schema import DeviceKind, Manifest, Tolerance
 from npu_runtime.artifact.staging import check_new_file, write_file
 from npu_runtime.artifact.store import Artifact, open_artifact
 from npu_runtime.backends.table import EAGER, backend_name, require_eager_for, require_replay
@@ -19,6 +19,7 @@ from npu_runtime.cli.console import INTERRUPTED, StepProgress, print_error, prin
 from npu_runtime.cli.options import artifact_argument, json_option, quiet_option, run_options, threads_option
 from npu_runtime.cli.parity_tables import print_parity
 from npu_runtime.devices import parse_device
+from npu_runtime.devices.numerics import NUMERICS
 from npu_runtime.encoder import RunOptions, require_frozen
 from npu_runtime.errors import Error, InputError, ParityError, UnavailableError
 from npu_runtime.parity.inputs import DEFAULT_SEEDS, Inputs, InputSource, array_inputs, image_inputs, seeded_inputs
@@ -236,28 +237,35 @@ def _sources(
 
 
 def _parse_tolerance(text: str, manifest: Manifest) -> Tolerance:
-    """`tokens.max_abs_error=1e-3`, for every kind of device."""
+    """`tokens.max_abs_error=1e-3` or `tokens.cls.max_scaled_error=1e-3`, for every kind of device."""
     name, _, limit = text.partition("=")
-    output, _, metric = name.rpartition(".")
-    known = {(t.output, t.metric): t for t in manifest.tolerances}
+    known = {t.name: t for t in manifest.tolerances}
     try:
         value = float(limit)
     except ValueError:
         value = -1.0
-    if (output, metric) not in known or not 0 <= value < float("inf"):
-        expected = ", ".join(f"{o}.{m}=LIMIT" for o, m in known)
+    if name not in known or not 0 <= value < float("inf"):
+        expected = ", ".join(f"{name}=LIMIT" for name in known)
         raise click.BadParameter(f"expected one of {expected} with a number of 0 or more, got {text!r}")
-    return replace(known[output, metric], limit=value, basis=f"given as --tolerance {text}")  # type: ignore[index]
+    return replace(known[name], limit=value, basis=f"given as --tolerance {text}")
 
 
 def _with_tolerances(artifact: Artifact, given: tuple[Tolerance, ...]) -> Artifact:
     """The artifact with other limits than its manifest's, on every kind of device."""
-    by_name = {(t.output, t.metric): t for t in given}
+    if not given:
+        return artifact
+    by_name, manifest = {t.name: t for t in given}, artifact.manifest
+    kinds: tuple[DeviceKind, ...] = ("cpu", "cuda", "npu")
+    everywhere = [
+        replace(tolerance, device=kind, numerics=numerics)
+        for kind in kinds
+        for numerics in NUMERICS
+        for tolerance in manifest.tolerances_on(kind, numerics)
+    ]
     tolerances = tuple(
-        replace(by_name[t.output, t.metric], device=t.device) if (t.output, t.metric) in by_name else t
-        for t in artifact.manifest.tolerances
+        replace(by_name[t.name], device=t.device, numerics=t.numerics) if t.name in by_name else t for t in everywhere
     )
-    return replace(artifact, manifest=replace(artifact.manifest, tolerances=tolerances))
+    return replace(artifact, manifest=replace(manifest, tolerances=tolerances))
 
 
 def _encode_worst(worst: WorstInput) -> bytes:

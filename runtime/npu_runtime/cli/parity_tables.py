@@ -14,6 +14,7 @@ FIGURES: tuple[Column, ...] = (
     ("max abs", lambda o: f"{o.metrics.max_abs_error:.1e}"),
     ("mean abs", lambda o: f"{o.metrics.mean_abs_error:.1e}"),
     ("rmse", lambda o: f"{o.metrics.rmse:.1e}"),
+    ("by channel", lambda o: _optional(o.metrics.max_scaled_rmse)),
     ("max rel L2", lambda o: f"{o.metrics.max_relative_l2_error:.1e}"),
     ("1 - cosine, p1", lambda o: f"{1 - o.metrics.p01_cosine:.1e}"),
     ("least", lambda o: f"{1 - o.metrics.min_cosine:.1e}"),
@@ -40,9 +41,10 @@ def print_parity(record: ParityRecord, *, details: bool) -> None:
             "images",
             "max abs",
             "limit",
-            "max rel L2",
+            "rel L2",
             "limit",
-            "1 - min cosine",
+            "by channel",
+            "limit",
             "verdict",
         ),
         [row for step in record.steps for row in _judged_rows(step)],
@@ -119,12 +121,13 @@ def _print_localised(localised: Localisation) -> None:
     if near:
         print_table(
             title,
-            ("output of", "rel L2", "limit", "NaN or inf", "verdict"),
+            ("output of", "rel L2", "limit", "of the limit", "NaN or inf", "verdict"),
             [
                 (
                     boundary.module,
                     f"{boundary.relative_l2_error:.1e}",
                     f"{boundary.limit:.1e}",
+                    f"{boundary.share:.0%}",
                     str(boundary.nonfinite),
                     "pass" if boundary.passed else "FAIL",
                 )
@@ -137,22 +140,24 @@ def _print_localised(localised: Localisation) -> None:
 def _judged_rows(step: Step) -> list[tuple[str, ...]]:
     if not step.outputs:
         verdict = "not run" if step.status == "not run" else step.status.upper()
-        return [(step.title, step.baseline, *["-"] * 8, verdict)]
+        return [(step.title, step.baseline, *["-"] * 9, verdict)]
     rows: list[tuple[str, ...]] = []
-    for index, output in enumerate(step.whole_outputs):
+    shown = [output for output in step.outputs if output.group is None or not all(c.passed for c in output.checks)]
+    for index, output in enumerate(shown):
         first = index == 0
         rows.append(
             (
                 step.title if first else "",
                 step.baseline if first else "",
                 ",".join(map(str, step.batches)) if first else "",
-                output.output,
+                output.output if output.group is None else f"  {output.group}",
                 str(output.metrics.images),
-                f"{output.metrics.max_abs_error:.2e}",
+                f"{output.metrics.max_abs_error:.1e}",
                 _limit(output, "max_abs_error"),
-                f"{output.metrics.max_relative_l2_error:.2e}",
+                f"{output.metrics.max_relative_l2_error:.1e}",
                 _limit(output, "max_relative_l2_error"),
-                f"{1 - output.metrics.min_cosine:.1e}",
+                _optional(output.metrics.max_scaled_rmse),
+                _limit(output, "max_scaled_rmse"),
                 _output_verdict(step, output),
             )
         )
@@ -166,7 +171,11 @@ def _output_verdict(step: Step, output: OutputParity) -> str:
 
 
 def _limit(output: OutputParity, metric: str) -> str:
-    return next((f"{check.limit:.0e}" for check in output.checks if check.metric == metric), "-")
+    return next((f"{check.limit:.1e}" for check in output.checks if check.metric == metric), "-")
+
+
+def _optional(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
 
 
 def _verdict(record: ParityRecord) -> str:

@@ -16,7 +16,7 @@ from npu_runtime.errors import NumericsError
 if TYPE_CHECKING:
     import torch
 
-    from npu_runtime.devices.numerics import Numerics
+    from npu_runtime.artifact.schema import Numerics
     from npu_runtime.devices.observed import Call
 
 KINDS = ("matmul", "conv", "attention", "softmax", "layer_norm", "rms_norm", "gelu")

@@ -13,13 +13,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from npu_runtime.artifact.schema import Numerics
 from npu_runtime.devices.device import CPU, Device
 from npu_runtime.errors import Error, ProgramError, UsageError
 
-Numerics = Literal["strict", "fast"]
-"""strict: float32 is float32, GELU is exact. fast: the device's own shortcuts for float32."""
 NUMERICS: tuple[Numerics, ...] = ("strict", "fast")
 
 

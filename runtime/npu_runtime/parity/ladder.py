@@ -113,6 +113,7 @@ class Ladder:
         self._profile = profile
         self._how = how
         self._batch = batch or min(program.batch for program in artifact.manifest.programs)
+        self._reference: Outputs | None = None
         self.steps: list[Step] = []
         self.worst: WorstInput | None = None
         """Of the first step beyond its tolerance; of the last one where none is."""
@@ -124,6 +125,7 @@ class Ladder:
         and CheckpointError when the weights were named and cannot be used.
         """
         stored = StoredReference(self._artifact)
+        self._reference = stored.outputs(0, len(stored.inputs))
         eager: Baseline | None = None
         exported: Baseline | None = None
         with contextlib.ExitStack() as stack:
@@ -150,7 +152,8 @@ class Ladder:
 
     def _make(self, rung: Rung, baseline: Baseline) -> Encoder | None:
         """Make one step; returns its encoder, open, where one was opened and measured whole."""
-        draft = _Draft(rung, baseline.name, Measurement(self._artifact.manifest.outputs), time.monotonic())
+        measurement = Measurement(self._artifact.manifest.outputs, self._reference)
+        draft = _Draft(rung, baseline.name, measurement, time.monotonic())
         try:
             count = len(baseline.inputs)
             with self._watch.step(f"{rung.title}, {count} image{'s' if count > 1 else ''}"):
@@ -222,7 +225,8 @@ class Ladder:
     ) -> None:
         """Judge what was measured and keep it."""
         rung = draft.rung
-        tolerances = self._artifact.manifest.tolerances_on(parse_device(rung.device).kind)
+        numerics = options_on(rung.device, self._how).get("numerics", "strict")
+        tolerances = self._artifact.manifest.tolerances_on(parse_device(rung.device).kind, numerics)
         outputs = draft.measurement.results(tolerances, self._profile)
         if status == "passed":
             status, reason = judge_outputs(outputs)
@@ -284,10 +288,11 @@ def _in_a_line(error: Error) -> str:
 
 
 def judge_outputs(outputs: Sequence[OutputParity]) -> tuple[Status, str | None]:
-    """Whether every whole output was judged and is within its limits, and else why not."""
+    """Whether every whole output was judged, and all that was judged is within its limits, and else why not."""
     whole = [output for output in outputs if output.group is None]
-    if whole and all(output.passed for output in whole):
+    failed = [check for output in outputs for check in output.checks if not check.passed]
+    if whole and all(output.checks for output in whole) and not failed:
         return "passed", None
-    told = [f"{c.output} {c.metric}: {c.reason}" for output in whole for c in output.checks if not c.passed]
+    told = [f"{check.name}: {check.reason}" for check in failed]
     told += [f"{output.output} has no tolerance" for output in whole if not output.checks]
     return "failed", "; ".join(told) or "nothing was compared"

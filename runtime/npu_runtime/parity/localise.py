@@ -6,15 +6,14 @@ the network gave there. Neither the network nor its weights are needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from npu_runtime.artifact.schema import Boundary, Manifest, Probes
+from npu_runtime.artifact.schema import Boundary, Manifest, Probes, Tolerance
 from npu_runtime.artifact.store import Array, Artifact
 from npu_runtime.backends.base import Options
 from npu_runtime.backends.probed import open_probed, require_places
 from npu_runtime.backends.table import find_backend
-from npu_runtime.devices import Device
 from npu_runtime.encoder import RunOptions, load
 from npu_runtime.errors import UsageError
 from npu_runtime.parity.measure import Measurement
@@ -52,7 +51,8 @@ def localise(
     with load(artifact, backend=backend, batches=[probes.batch], **how) as encoder:
         name, device = encoder.backend, encoder.device
         outputs = encoder.run(inputs, allow_nonfinite=True)
-    failed_plain = _beyond(artifact.manifest, device, outputs, expected)
+    tolerances = artifact.manifest.tolerances_on(device.kind, how.get("numerics", "strict"))
+    failed_plain = _beyond(artifact.manifest, tolerances, outputs, expected)
 
     options = Options(
         (probes.batch,),
@@ -69,7 +69,7 @@ def localise(
         require_places(program, places, artifact.path)
         given = [records[boundary.module] for boundary in boundaries]
         for part in measure_places(program, places, given, inputs, probes.batch, AT_ONCE, watch):
-            failed_probed.update(dict.fromkeys(_beyond(artifact.manifest, device, part.outputs, expected)))
+            failed_probed.update(dict.fromkeys(_beyond(artifact.manifest, tolerances, part.outputs, expected)))
             errors += part.errors
     judged = tuple(_judge(b, probes.limit_on(b, device.kind), error) for b, error in zip(boundaries, errors))
     return Localisation(
@@ -90,13 +90,14 @@ def _judge(boundary: Boundary, limit: float, error: PlaceError) -> BoundaryError
 
 
 def _beyond(
-    manifest: Manifest, device: Device, outputs: Mapping[str, Array], expected: Mapping[str, Array]
+    manifest: Manifest, tolerances: Sequence[Tolerance], outputs: Mapping[str, Array], expected: Mapping[str, Array]
 ) -> tuple[str, ...]:
-    """The outputs that are beyond a tolerance of the kind of device, or hold NaN or infinity."""
-    measurement = Measurement(manifest.outputs)
+    """The outputs that are beyond a tolerance, in themselves or in a kind of tokens, or hold NaN or infinity."""
+    measurement = Measurement(manifest.outputs, expected)
     measurement.add(outputs, expected)
-    results = measurement.results(manifest.tolerances_on(device.kind))
-    return tuple(output.output for output in results if output.group is None and not output.passed)
+    results = measurement.results(tolerances)
+    beyond = (o.output for o in results if not o.passed and (o.group is None or o.checks))
+    return tuple(dict.fromkeys(beyond))
 
 
 def require_probes(artifact: Artifact) -> Probes:

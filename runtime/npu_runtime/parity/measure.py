@@ -12,6 +12,7 @@ from npu_runtime.errors import ProgramError
 from npu_runtime.parity.metrics import ImageMetrics, judge, measure_image, neighbours_kept, summarise
 from npu_runtime.parity.profiles import Profile, judge_profile
 from npu_runtime.parity.records import OutputParity
+from npu_runtime.parity.scales import output_scales
 from npu_runtime.parity.token_errors import Errors, measure_tokens, summarise_tokens
 
 Outputs = Mapping[str, Array]
@@ -21,8 +22,10 @@ Outputs = Mapping[str, Array]
 class Measurement:
     """Figures of a session's outputs, gathered chunk by chunk."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], reference: Outputs | None = None) -> None:
+        """The scales of channels are those of the `reference` outputs; without it, of each expected output itself."""
         self._specs = specs
+        self._scales = {} if reference is None else output_scales(reference, specs)
         self._images: dict[tuple[str, str | None], list[ImageMetrics]] = {}
         self._vectors: dict[str, tuple[list[Array], list[Array]]] = {}
         self._tokens: dict[tuple[str, str | None], list[Errors]] = {}
@@ -50,18 +53,19 @@ class Measurement:
             self._count += 1
 
     def results(self, tolerances: Sequence[Tolerance], profile: Profile | None = None) -> tuple[OutputParity, ...]:
-        """What was gathered, each whole output judged."""
+        """What was gathered, each output and kind of tokens judged by its tolerances."""
         return tuple(self._results(tolerances, profile))
 
     def _add_image(self, spec: TensorSpec, actual: Array, expected: Array) -> float:
-        whole = measure_image(actual, expected)
+        scale = self._scales.get(spec.name)
+        whole = measure_image(actual, expected, scale)
         self._images.setdefault((spec.name, None), []).append(whole)
         tokens = measure_tokens(actual, expected) if actual.ndim == 2 else None
         if tokens is not None:
             self._tokens.setdefault((spec.name, None), []).append(tokens)
         for group in spec.groups:
             part = slice(group.start, group.stop)
-            figures = measure_image(actual[part], expected[part])
+            figures = measure_image(actual[part], expected[part], None if scale is None else scale[part])
             self._images.setdefault((spec.name, group.name), []).append(figures)
             if tokens is not None:
                 self._tokens.setdefault((spec.name, group.name), []).append(tokens[part])
@@ -84,7 +88,7 @@ class Measurement:
                 metrics,
                 kept,
                 tuple(images),
-                judge(output, metrics, tolerances) if whole else (),
+                judge(output, metrics, tolerances, group),
                 judge_profile(output, metrics, profile) if whole and profile else (),
                 summarise_tokens(self._tokens[output, group]) if (output, group) in self._tokens else None,
             )

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npu_runtime.artifact.schema import Tolerance
+from npu_runtime.parity.scales import channel_scale
 
 Array = npt.NDArray[np.float32]
 Figures = npt.NDArray[np.float64]
@@ -58,12 +59,22 @@ class ImageMetrics:
     """Values of `a` that are NaN."""
     infinite: int
     """Values of `a` that are infinite."""
+    max_scaled_error: float | None = None
+    """max |a - e| / s, where s is the larger of |e| and the element's scale, which is its channel's: massive channels
+    do not swamp the others. 0 where both are zero, infinite where only s is. None in records before 1.3."""
+    scaled_rmse: float | None = None
+    """The root of the mean of (|a - e| / s)². None in records before 1.3."""
 
 
-def measure_image(actual: Array, expected: Array) -> ImageMetrics:
-    """Metrics of one image's output and the expected one, both [D] or [T, D] with T and D of at least one."""
+def measure_image(actual: Array, expected: Array, scale: Array | None = None) -> ImageMetrics:
+    """Metrics of one image's output and the expected one, both [D] or [T, D] with T and D of at least one.
+
+    `scale` is of the elements' channels, [D] or [T, D] (see parity/scales.py); without it, of `expected` alone.
+    """
     if actual.shape != expected.shape or actual.ndim not in (1, 2) or actual.size == 0:
         raise ValueError(f"expected two arrays of one shape [D] or [T, D], got {actual.shape} and {expected.shape}")
+    if scale is None:
+        scale = channel_scale(expected)
     a, e = np.atleast_2d(actual), np.atleast_2d(expected)
     top1, top5 = _agreement(a, e)
     nan, infinite = int(np.isnan(a).sum()), int(np.isinf(a).sum())
@@ -74,6 +85,7 @@ def measure_image(actual: Array, expected: Array) -> ImageMetrics:
     dot, aa, ee = ((x * y).sum(axis=1) for x, y in ((a64, e64), (a64, a64), (e64, e64)))
     cosine = _cosine(dot, aa, ee)
     error = np.abs(a64 - e64)
+    scaled = _ratio(error, np.maximum(np.abs(e64), scale if e64.shape == e.shape else 0.0))
     squares = float((error * error).sum(axis=1).sum())  # in the order of `ee`
     relative = _ratio(error, np.abs(e64)).ravel()
     n = relative.size
@@ -97,6 +109,8 @@ def measure_image(actual: Array, expected: Array) -> ImageMetrics:
         top5_agreement=top5,
         nan=nan,
         infinite=infinite,
+        max_scaled_error=float(scaled.max()),
+        scaled_rmse=math.sqrt(float((scaled * scaled).mean())),
     )
 
 
@@ -129,6 +143,9 @@ class Metrics:
     top5_agreement: float
     nan: int
     infinite: int
+    max_scaled_error: float | None = None
+    max_scaled_rmse: float | None = None
+    """The largest `scaled_rmse` of an image."""
 
     @property
     def nonfinite(self) -> int:
@@ -167,6 +184,8 @@ def summarise(images: Sequence[ImageMetrics]) -> Metrics:
         top5_agreement=mean("top5_agreement"),
         nan=sum(image.nan for image in images),
         infinite=sum(image.infinite for image in images),
+        max_scaled_error=float(figures("max_scaled_error").max()),
+        max_scaled_rmse=float(figures("scaled_rmse").max()),
     )
 
 
@@ -200,21 +219,36 @@ class Check:
     """How the value must stand to the limit."""
     reason: str | None = None
     """Why it failed, in words; None where it passed."""
+    group: str | None = None
+    """Kind of tokens that it is of; None for the whole output."""
+
+    @property
+    def name(self) -> str:
+        """`tokens max_abs_error`, `tokens cls max_scaled_error`."""
+        return " ".join(filter(None, (self.output, self.group, self.metric)))
 
 
-def judge(output: str, metrics: Metrics, tolerances: Iterable[Tolerance]) -> tuple[Check, ...]:
-    """A check for each tolerance of this output. NaN and infinity never pass."""
-    return tuple(check(output, metrics, t.metric, "at most", t.limit) for t in tolerances if t.output == output)
+def judge(
+    output: str, metrics: Metrics, tolerances: Iterable[Tolerance], group: str | None = None
+) -> tuple[Check, ...]:
+    """A check for each tolerance of this output, or of a kind of tokens in it. NaN and infinity never pass."""
+    return tuple(
+        check(output, metrics, t.metric, "at most", t.limit, group)
+        for t in tolerances
+        if (t.output, t.group) == (output, group)
+    )
 
 
-def check(output: str, metrics: Metrics, metric: str, comparison: Comparison, limit: float) -> Check:
+def check(
+    output: str, metrics: Metrics, metric: str, comparison: Comparison, limit: float, group: str | None = None
+) -> Check:
     """A check of one metric; fails whatever its value where the output or the expected one held NaN or infinity."""
     value: float = getattr(metrics, metric)
     reason = _nonfinite(metrics)
     if reason is None and not _keeps(value, comparison, limit):
         than = "more" if comparison == "at most" else "less"
         reason = f"{_spell(value, comparison, limit)} is {than} than {limit:g}"
-    return Check(output, metric, value, limit, reason is None, comparison, reason)
+    return Check(output, metric, value, limit, reason is None, comparison, reason, group)
 
 
 def _nonfinite(metrics: Metrics) -> str | None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from npu_runtime.artifact.store import Array, Images, ProbeRecord
 from npu_runtime.backends.probed import ProbedProgram, Value, rows_of
-from npu_runtime.parity.sketch import relative_errors, sketch_rows
+from npu_runtime.parity.sketch import over_scale, relative_errors, sketch_rows
 from npu_runtime.steps import Silent, Steps
 
 
@@ -59,7 +59,8 @@ def compare_rows(value: Value, record: ProbeRecord, images: Sequence[int], batch
     if rows is None:
         return np.full(len(images), np.inf)
     chosen = list(images)
-    return relative_errors(sketch_rows(rows[: len(chosen)]), record.sketch[chosen], record.norm[chosen])
+    given = rows[: len(chosen)]
+    return relative_errors(sketch_rows(over_scale(given, record.scale)), record.sketch[chosen], record.norm[chosen])
 
 
 def _measure(

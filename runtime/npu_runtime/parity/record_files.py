@@ -5,6 +5,8 @@ Versions of the schema:
     1.1  accelerator, threads, graph, weights, inputs[].thumbnails, steps[].outputs[].token_errors.
     1.2  conditions.fallback may be null: unknown, where it was an empty list before; conditions.arithmetic of
          attention, softmax, layer_norm and rms_norm, and its dtypes.
+    1.3  checks of kinds of tokens, checks[].group; metrics of errors scaled by channel; tolerances of the CPU and of
+         the run's device alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from npu_runtime.parity.records import ParityRecord
 from npu_runtime.structured import RecordSchema, read_record_text
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 2
+SCHEMA_MINOR = 3
 
 SCHEMA = RecordSchema(
     "parity", ParityRecord, SCHEMA_MAJOR, SCHEMA_MINOR, ("error", "exit_code"), "npu-runtime parity or verify"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from npu_runtime.artifact.schema import Precision, Tolerance, Weights
+from npu_runtime.artifact.schema import Manifest, Precision, Tolerance, Weights
 from npu_runtime.artifact.store import Artifact
 from npu_runtime.backends.base import GraphChoice, SessionReport
 from npu_runtime.devices import parse_device
@@ -26,7 +26,7 @@ class OutputParity:
 
     output: str
     group: str | None
-    """Kind of tokens; None for the whole output, which alone is judged."""
+    """Kind of tokens; None for the whole output. Before 1.3 the whole alone is judged."""
     metrics: Metrics
     neighbours_kept: float | None
     """Of outputs [B, D]; None for others and where there are too few images."""
@@ -74,8 +74,13 @@ class Step:
         return step_title(self.backend, self.precision, self.device)
 
     @property
+    def checks(self) -> tuple[Check, ...]:
+        """All that was judged."""
+        return tuple(check for output in self.outputs for check in output.checks)
+
+    @property
     def whole_outputs(self) -> tuple[OutputParity, ...]:
-        """Those that are judged, without their parts."""
+        """Those of all tokens."""
         return tuple(output for output in self.outputs if output.group is None)
 
 
@@ -90,6 +95,11 @@ class BoundaryError:
     nonfinite: int
     """Values that are NaN or infinite, over all images."""
     passed: bool
+
+    @property
+    def share(self) -> float:
+        """The error as a share of the limit."""
+        return self.relative_l2_error / self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +130,7 @@ class Localisation:
             found = self.boundaries[index]
             after = f", {self.boundaries[index - 1].module} before it is within its own" if index else ""
             count = f", {found.nonfinite} values are NaN or infinite" if found.nonfinite else ""
-            error = f"relative L2 error {found.relative_l2_error:.1e}, limit {found.limit:.1e}"
+            error = f"relative L2 error {found.relative_l2_error:.1e}, {found.share:.3g} times its limit"
             return f"the first boundary beyond its limit is {self.first}: {error}{count}{after}"
         within = f"all {len(self.boundaries)} boundaries are within their limits"
         if self.failed_probed:
@@ -166,7 +176,7 @@ class ParityRecord:
     inputs: tuple[InputRecord, ...]
     skipped: tuple[SkippedInput, ...]
     tolerances: tuple[Tolerance, ...]
-    """Those in force, of every kind of device."""
+    """Those in force on the CPU and on the device."""
     overridden: tuple[Tolerance, ...]
     """Those of them that were given in place of the manifest's."""
     profile: str | None
@@ -235,7 +245,7 @@ def make_record(
         device,
         tuple(inputs),
         tuple(skipped),
-        manifest.tolerances,
+        _in_force(manifest, device, steps),
         tuple(overridden),
         profile,
         tuple(steps),
@@ -250,6 +260,14 @@ def make_record(
         graph,
         weights,
     )
+
+
+def _in_force(manifest: Manifest, device: str, steps: Sequence[Step]) -> tuple[Tolerance, ...]:
+    """The tolerances of the CPU, and those of the device under the numerics that its steps had."""
+    ran = [step.conditions.numerics for step in steps if step.conditions is not None and step.device == device]
+    asked = {str(numerics.get("numerics")) for numerics in ran}
+    of_device = manifest.tolerances_on(parse_device(device).kind, "fast" if asked == {"fast"} else "strict")
+    return tuple(dict.fromkeys((*manifest.tolerances_on("cpu"), *of_device)))
 
 
 def step_title(backend: str, precision: str, device: str) -> str:

@@ -9,6 +9,7 @@ are spread, and exactly where there is one.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,18 @@ def sketch_rows(rows: npt.NDArray[Any]) -> Sketch:
     with np.errstate(invalid="ignore"):  # infinity - infinity is NaN
         sketches: Sketch = sums[:, :WIDTH] - sums[:, WIDTH:]
     return sketches
+
+
+def over_scale(rows: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """`rows` [N, ...] over a scale of channels, [D] of rows [..., D] or [C, 1] of rows [C, ...], as [N, size].
+
+    The rows may come in any shape that holds their elements in that order.
+    """
+    size = math.prod(rows.shape[1:])
+    if scale.ndim == 0 or size % scale.size:
+        return rows.reshape(len(rows), size) / (scale if scale.ndim == 0 else np.float32(math.nan))
+    by_channel = (scale.size, -1) if scale.ndim == 2 else (-1, scale.size)
+    return (rows.reshape(len(rows), *by_channel) / scale).reshape(len(rows), size)
 
 
 def norm_rows(rows: npt.NDArray[Any]) -> Sketch:

@@ -9,10 +9,12 @@ from npu_runtime.report.context import Context, Labelled
 from npu_runtime.report.document import Block, Column, Figure, Section, Table, Text, Tone, columns, paragraph
 from npu_runtime.report.spell import (
     absent,
+    name_part,
     number,
     spell_cosine,
     spell_error,
     spell_limit,
+    spell_optional,
     spell_share,
     verdict,
 )
@@ -23,6 +25,8 @@ FIGURES: tuple[tuple[str, Callable[[OutputParity], str]], ...] = (
     ("mean_abs_error", lambda o: spell_error(o.metrics.mean_abs_error)),
     ("rmse", lambda o: spell_error(o.metrics.rmse)),
     ("max_relative_l2_error", lambda o: spell_error(o.metrics.max_relative_l2_error)),
+    ("max_scaled_error", lambda o: spell_optional(o.metrics.max_scaled_error)),
+    ("max_scaled_rmse", lambda o: spell_optional(o.metrics.max_scaled_rmse)),
     ("mean_cosine", lambda o: spell_cosine(o.metrics.mean_cosine)),
     ("min_cosine", lambda o: spell_cosine(o.metrics.min_cosine)),
     ("mean_relative_error", lambda o: spell_error(o.metrics.mean_relative_error)),
@@ -82,8 +86,8 @@ def _ladder(context: Context, given: Labelled, record: ParityRecord) -> Table:
             tone: Tone = "absent" if step.status == "not run" else "fail"
             status = Text(say(f"status.{step.status}"), tone)
             rows.append((session, *(Text("–"),) * 2, *(number("–"),) * 2, status, number("–"), cause, Text("–")))
-        for output in step.whole_outputs:
-            first, images = (session, Text(output.output, "code")), number(str(output.metrics.images))
+        for output in step.outputs:
+            first, images = (session, Text(name_part(say, output), "code")), number(str(output.metrics.images))
             for check in output.checks:
                 judged = verdict(say, check.passed)
                 if step.status == "interrupted":
@@ -91,7 +95,7 @@ def _ladder(context: Context, given: Labelled, record: ParityRecord) -> Table:
                 figures = (number(spell_error(check.value)), number(spell_limit(check.limit)))
                 metric = Text(say(f"metric.{check.metric}"))
                 rows.append((*first, metric, *figures, judged, images, cause, baseline))
-            if not output.checks:
+            if not output.checks and output.group is None:
                 judged = Text(say("no limit"), "fail")
                 rows.append((*first, Text("–"), number("–"), number("–"), judged, images, cause, baseline))
     return Table(say("table.ladder", label=given.label), heads, tuple(rows), given.command, grouped=2)
@@ -147,12 +151,14 @@ def _profile(context: Context, given: Labelled, record: ParityRecord) -> list[Bl
 def _localised(context: Context, given: Labelled, localised: Localisation) -> list[Block]:
     say = context.say
     session = say("localised.session", backend=localised.backend, device=localised.device, batch=localised.batch)
-    heads = columns([say("column.module")], [say("column.value"), say("column.limit"), say("column.nonfinite")])
+    figures = [say(f"column.{name}") for name in ("value", "limit", "share", "nonfinite")]
+    heads = columns([say("column.module")], figures)
     rows = tuple(
         (
             Text(boundary.module, "code"),
             number(spell_error(boundary.relative_l2_error)),
             number(spell_limit(boundary.limit)),
+            number(f"{boundary.share:.0%}"),
             number(str(boundary.nonfinite)),
             verdict(say, boundary.passed),
         )

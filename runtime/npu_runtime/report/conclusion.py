@@ -68,7 +68,7 @@ def _nearest_cell(context: Context) -> Text:
 
 
 def _checks(record: ParityRecord) -> list[Check]:
-    return [check for step in record.steps for output in step.whole_outputs for check in output.checks]
+    return [check for step in record.steps for check in step.checks]
 
 
 def _share(check: Check) -> float:
@@ -172,10 +172,12 @@ def _tolerances(context: Context) -> Iterator[Item]:
     """On what the limits rest, each basis once for the kinds of device that it is for."""
     say, manifest = context.say, context.subject.manifest
     tolerances = [t for _, record in context.parities() for t in record.tolerances]
-    tolerances += [] if manifest is None else manifest.tolerances
+    tolerances += [] if manifest is None else manifest.tolerances_on("cpu")
     bases: dict[str, dict[str, None]] = {}
     for tolerance in tolerances:
-        bases.setdefault(tolerance.basis, {})[tolerance.device] = None
+        fast = tolerance.numerics == "fast"
+        name = say("device.fast", device=tolerance.device) if fast else tolerance.device
+        bases.setdefault(tolerance.basis, {})[name] = None
     for basis, devices in bases.items():
         yield Text(say("note.basis", devices=say.join(devices))), Text(basis, "quoted")
 
@@ -205,7 +207,7 @@ def _parity_conclusion(context: Context, given: Labelled, record: ParityRecord) 
         told = say(
             "conclusion.failed", label=given.label, session=context.title(failed), cause=say(f"cause.{failed.cause}")
         )
-        beyond = [spell_check(say, check) for o in failed.whole_outputs for check in o.checks if not check.passed]
+        beyond = [spell_check(say, check) for check in failed.checks if not check.passed]
         reason = Text(say.join(beyond)) if beyond else Text(failed.reason or "", "quoted")
         yield Text(told, "fail"), reason
     elif record.passed:

@@ -6,6 +6,7 @@ import math
 
 from npu_runtime.bench.statistics import Comparison
 from npu_runtime.parity.metrics import Check
+from npu_runtime.parity.records import OutputParity
 from npu_runtime.report.document import Text
 from npu_runtime.report.messages import Say
 
@@ -19,6 +20,11 @@ def spell_error(value: float) -> str:
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
     return "0" if value == 0 else f"{value:.2e}"
+
+
+def spell_optional(value: float | None) -> str:
+    """An error, a dash where the record has none."""
+    return "–" if value is None else spell_error(value)
 
 
 def spell_limit(value: float) -> str:
@@ -61,11 +67,16 @@ def spell_check(say: Say, check: Check) -> str:
     """`tokens max abs error 3.1e-06, limit 5e-05`."""
     return say(
         "check",
-        output=check.output,
+        output=name_part(say, check),
         metric=say(f"metric.{check.metric}"),
         value=spell_error(check.value),
         limit=spell_limit(check.limit),
     )
+
+
+def name_part(say: Say, part: Check | OutputParity) -> str:
+    """`tokens`, or `tokens (CLS)` for a kind of them."""
+    return part.output if part.group is None else f"{part.output} ({say(f'group.{part.group}')})"
 
 
 def spell_speedup(say: Say, comparison: Comparison) -> str:

@@ -18,21 +18,23 @@ MOST_IMAGES = 20
 
 
 def limits_figure(context: Context, given: Labelled, record: ParityRecord) -> list[Block]:
-    """The relative L2 errors of outputs beside their limits."""
-    say, metric = context.say, "max_relative_l2_error"
+    """The errors of outputs beside their limits, each channel over its scale; relative L2 errors in older records."""
+    say, metric = context.say, "max_scaled_rmse"
+    if any(output.metrics.max_scaled_rmse is None for step in record.steps for output in step.outputs):
+        metric = "max_relative_l2_error"
     rows = []
     for series, step in enumerate(step for step in record.steps if step.outputs):
         for output in step.whole_outputs:
             limit = next((check.limit for check in output.checks if check.metric == metric), None)
             name = say("row.output", session=context.with_batch(step), output=output.output)
-            rows.append(LimitedRow(name, output.metrics.max_relative_l2_error, limit, series))
+            rows.append(LimitedRow(name, getattr(output.metrics, metric), limit, series))
     if not rows:
         return []
     axis = say(f"metric.{metric}")
     svg = draw_limits(f"{given.anchor}-limits", rows, x_title=axis, limit_title=say("column.limit"))
     largest = max((row.value for row in rows), key=_order)
     description = say("figure.limits.alt", rows=len(rows), metric=axis, largest=spell_error(largest))
-    return [Figure(svg, description, say("figure.limits", label=given.label), given.command)]
+    return [Figure(svg, description, say("figure.limits", label=given.label, metric=axis), given.command)]
 
 
 def _order(value: float) -> float:

@@ -169,6 +169,7 @@ MESSAGES: Mapping[str, str] = {
     "column.metric": "metric",
     "column.images": "images",
     "column.value": "value",
+    "column.share": "of the limit",
     "column.limit": "limit",
     "column.verdict": "verdict",
     "cause.checkpoint": "checkpoint",
@@ -184,6 +185,8 @@ MESSAGES: Mapping[str, str] = {
     "metric.max_abs_error": "max abs error",
     "metric.mean_abs_error": "mean abs error",
     "metric.rmse": "RMSE",
+    "metric.max_scaled_error": "max error over the channel's scale",
+    "metric.max_scaled_rmse": "max RMS error over the channels' scales",
     "metric.max_relative_l2_error": "max relative L2 error",
     "metric.relative_l2_error": "relative L2 error",
     "metric.mean_cosine": "mean cosine",
@@ -193,7 +196,7 @@ MESSAGES: Mapping[str, str] = {
     "metric.top1_agreement": "top-1 agreement",
     "metric.top5_agreement": "top-5 agreement",
     "metric.neighbours_kept": "neighbours kept",
-    "figure.limits": "Relative L2 errors and their limits: {label}",
+    "figure.limits": "{metric} and its limits: {label}",
     "figure.limits.alt": "{rows} outputs on a logarithmic axis of the {metric}, each with its limit; the largest is "
     "{largest}. The table of steps has the numbers.",
     "table.figures": "Every output, and its kinds of tokens: {label}",
@@ -301,6 +304,7 @@ MESSAGES: Mapping[str, str] = {
     "note.overridden": "{label}: the limit of {name} was given as {limit} in place of the artifact's.",
     "note.noisy": "{label}: interquartile range above 10 % of the median, kept and labelled noisy: {rows}.",
     "noisy row": "{backend} batch {batch} ({share} %)",
+    "device.fast": "{device} under fast numerics",
     "note.basis": "Limits on {devices}:",
     # Conclusion
     "conclusion.no parity": "Accuracy was not measured.",
