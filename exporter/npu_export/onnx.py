@@ -50,8 +50,8 @@ class WeightsFile:
 
 def export_graph(
     module: nn.Module, pixel_values: TensorSpec, outputs: Sequence[TensorSpec], batch: int, opset: int
-) -> ir.Model:
-    """The module as an ONNX graph of fixed shapes with named inputs and outputs.
+) -> tuple[ir.Model, dict[str, int]]:
+    """The module as an ONNX graph of fixed shapes with named inputs and outputs, and how often each rewrite applied.
 
     Raises Error when torch's exporter gives another opset than the one asked for, which it does
     without an error for some.
@@ -89,9 +89,9 @@ def export_graph(
             got=", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in model.opset_imports.items()),
             hint="pass --opset 18, which torch's exporter writes for every encoder",
         )
-    rewrite_for_onnxruntime(model)
+    applied = rewrite_for_onnxruntime(model)
     _strip_metadata(model)
-    return model
+    return model, applied
 
 
 def write_graph(model: ir.Model, weights: WeightsFile, path: Path) -> None:

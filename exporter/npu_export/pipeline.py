@@ -281,10 +281,14 @@ def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps
         for batch in request.batches:
             name = onnx.graph_file(batch)
             with steps.step(f"freeze onnx, batch {batch}"):
-                model = onnx.export_graph(module, request.inputs[0], request.encoder.outputs, batch, request.opset)
+                model, applied = onnx.export_graph(
+                    module, request.inputs[0], request.encoder.outputs, batch, request.opset
+                )
                 lint_onnx(model, name, request.precision)
                 onnx.write_graph(model, weights, folder / name)
-                steps.detail(f"opset {request.opset}, fixed shapes, {request.precision}, no float64")
+                rewrites = ", ".join(f"{name} {count}" for name, count in applied.items()) or "none"
+                what = f"opset {request.opset}, fixed shapes, {request.precision}, no float64"
+                steps.detail(f"{what}; rewrites: {rewrites}")
             needs = (onnx.WEIGHTS_FILE,)
             programs.append(Program("onnx", name, batch, NOT_HASHED, needs, entry_point=None, opset=request.opset))
     for program in programs:

@@ -74,7 +74,8 @@ def lint(module: nn.Module, precision: Precision = "fp32") -> None:
 
 
 def lint_graph(module: nn.Module, outputs: Sequence[TensorSpec], precision: Precision = "fp32") -> None:
-    lint_onnx(export_graph(module.eval(), INPUT, outputs, 1, 18), "model.b1.onnx", precision)
+    model, _ = export_graph(module.eval(), INPUT, outputs, 1, 18)
+    lint_onnx(model, "model.b1.onnx", precision)
 
 
 def tiny_module(precision: Precision) -> nn.Module:

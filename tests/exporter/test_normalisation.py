@@ -72,7 +72,7 @@ def test_every_level_is_normalised_as_by_the_host_bit_for_bit(preprocessing: Pre
         (eager,) = module(torch.from_numpy(pixels))
         (frozen,) = trace_frozen(module, spec, (1,)).b1(torch.from_numpy(pixels))
     outputs = (TensorSpec("y", "float32", ("B", 3, *preprocessing.size)),)
-    model = export_graph(module, spec, outputs, 1, 18)
+    model, _ = export_graph(module, spec, outputs, 1, 18)
     assert [node.op_type for node in model.graph.all_nodes()][:5] == ["Transpose", "Cast", "Div", "Sub", "Div"]
     session = open_session(model)
     for got in (eager.numpy(), frozen.numpy(), session.run(None, {"pixel_values": pixels})[0]):

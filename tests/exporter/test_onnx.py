@@ -43,7 +43,8 @@ def freeze(module: nn.Module, batches: tuple[int, ...], folder: Path) -> Path:
     with (folder / WEIGHTS_FILE).open("wb") as file:
         weights = WeightsFile(file)
         for batch in batches:
-            write_graph(export_graph(module, INPUT, OUTPUTS, batch, 18), weights, folder / graph_file(batch))
+            model, _ = export_graph(module, INPUT, OUTPUTS, batch, 18)
+            write_graph(model, weights, folder / graph_file(batch))
     return folder
 
 
@@ -165,7 +166,8 @@ def test_an_opset_that_torch_does_not_honour_is_refused(module: nn.Module) -> No
 
 
 def test_a_newer_opset_that_torch_honours_is_written(module: nn.Module) -> None:
-    assert dict(export_graph(module, INPUT, OUTPUTS, 1, 20).opset_imports) == {"": 20}
+    model, _ = export_graph(module, INPUT, OUTPUTS, 1, 20)
+    assert dict(model.opset_imports) == {"": 20}
 
 
 def test_a_graph_that_the_checker_refuses_is_an_error_of_ours(frozen: Path, tmp_path: Path) -> None:

@@ -468,6 +468,8 @@ def test_a_file_that_torch_cannot_write_leaves_nothing(tmp_path: Path, monkeypat
 def test_whoever_watches_is_told_of_each_step(tmp_path: Path) -> None:
     watch = Watching()
     export("tiny-vit", weights="random:0", output=tmp_path / "out", steps=watch)
+    rewrites = "rewrites: separate_heads 2, order_gelu 2"
+    assert f"opset 18, fixed shapes, fp32, no float64; {rewrites}" in watch.details
     assert watch.steps[0] == "find the weights and plan the keys"
     assert {"load the weights", "record the reference"} < set(watch.steps)
     assert "random:0: 38 of 38 keys are those of layout hf (the hub's file, with or without `vit.`)" in watch.details
