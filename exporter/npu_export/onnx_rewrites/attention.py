@@ -55,7 +55,7 @@ def rotate_by_product(model: ir.Model) -> None:
         if x is not None and x.dtype is not None:
             width = sizes_of(x)[-1]
             matrix = np.kron(np.eye(width // 2), [[0, 1], [-1, 0]]).astype(x.dtype.numpy())
-            rotation = find_initializer(model, f"rotation_{width}", matrix)
+            rotation = find_initializer(model, f"rotation_{width}_{matrix.dtype}", matrix)
             product = insert_node(node, node, "MatMul", [x, rotation], sizes_of(x))
             ir.convenience.replace_all_uses_with(node.outputs[0], product)
 
