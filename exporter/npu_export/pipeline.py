@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,9 @@ from npu_export.boundaries import BoundaryRecorder, record_boundaries
 from npu_export.encoders.spec import EncoderSpec, on_every_device
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
-from npu_export.precision import in_precision
+from npu_export.precision import in_precision, torch_dtype
 from npu_export.probes import Statistics, add_probes, collect_statistics
+from npu_export.proof.headroom import check_headroom, describe_cost, measure_ranges, settle_kept
 from npu_export.provenance import describe_provenance
 from npu_export.reference import write_reference
 from npu_runtime.artifact.codec import encode_manifest
@@ -27,6 +29,7 @@ from npu_runtime.artifact.schema import (
     Manifest,
     Program,
     Provenance,
+    Ranges,
     Reference,
 )
 from npu_runtime.artifact.staging import stage
@@ -40,6 +43,7 @@ from npu_runtime.parity.verify import measure_parity
 from npu_runtime.steps import BYTES, Silent, Steps
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 TORCHSCRIPT_FILE = "model.ts"
@@ -63,6 +67,8 @@ def export(
     opset: int = DEFAULT_OPSET,
     preprocess: str | None = None,
     probes: bool = False,
+    keep_fp32: str | Sequence[str] = (),
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     output: str | Path | None = None,
     force: bool = False,
     steps: Steps | None = None,
@@ -75,9 +81,12 @@ def export(
     compute: fp32, fp16 or bf16. `input` is what the programs take: float32, images that were normalised, or uint8,
     pixels [B, H, W, 3] that they normalise. `preprocess` says whose preparation of images to record: hf, timm or
     upstream, the settings beside the weights without it. `probes` records statistics of every block, by which
-    `localise` finds a fault in the artifact later. `output` is the artifact folder itself; without it,
+    `localise` finds a fault in the artifact later. `keep_fp32` names modules, such as `blocks.5`, that keep float32
+    in fp16 and bf16; "auto" those that float16 does not hold, as was measured on the reference's images and on
+    `images`, files or folders. `output` is the artifact folder itself; without it,
     `./NAME-PRECISION`, with `-uint8` for that input. Raises UsageError for arguments that do not fit,
-    CheckpointError for weights that cannot be used whole, LintError for a program that would not run on Ascend,
+    CheckpointError for weights that cannot be used whole, PrecisionError where float16 does not hold what the network
+    computes and that is not kept in float32, LintError for a program that would not run on Ascend,
     ParityError when a frozen program differs from the reference by more than its tolerance, ArtifactError or Error
     when files cannot be written.
     """
@@ -93,6 +102,8 @@ def export(
         opset=opset,
         preprocess=preprocess,
         probes=probes,
+        keep_fp32=keep_fp32,
+        images=images,
         output=output,
         force=force,
     )
@@ -134,14 +145,20 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
             steps.detail(f"{plan.weights.parameters:,} parameters")
         with steps.step("record the reference"), _recorder(plan, network) as recorder:
             write_reference(plan, module, folder / REFERENCE_FILE, steps)
+        ranges = None
         if request.precision != "fp32":
-            provenance.result()  # the weights are changed next
-        module = with_input(in_precision(module, request.precision), request.input, plan.preprocessing)
+            provenance.result()  # the weights are put aside for a moment, and then changed
+        if request.precision == "fp16":
+            ranges = measure_ranges(plan, module, steps)
+            plan = settle_kept(plan, ranges)
+            check_headroom(plan, ranges)
+        module = with_input(_round(plan, module, steps), request.input, plan.preprocessing)
         statistics = None if recorder is None else collect_statistics(plan, network, module, recorder)
         programs: list[Program] = []
         records: dict[str, Future[RecordedFile]] = {}
         if "torchscript" in request.formats:
-            programs += _freeze_torchscript(plan, module, folder, steps)
+            kept = [parameter for name in plan.keep_fp32 for parameter in network.get_submodule(name).parameters()]
+            programs += _freeze_torchscript(plan, module, kept, folder, steps)
             records[TORCHSCRIPT_FILE] = pool.submit(record_file, folder, TORCHSCRIPT_FILE)
         if "onnx" in request.formats:
             programs += _freeze_onnx(plan, module, folder, steps)
@@ -160,7 +177,7 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> tuple[Artifa
             hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
             numerics = {name: str(value) for name, value in held.describe().items()}
             reference = Reference(REFERENCE_FILE, REFERENCE_SEEDS, numerics)
-            manifest = _describe(plan, hashed, tuple(files.values()), reference, provenance.result())
+            manifest = _describe(plan, hashed, tuple(files.values()), reference, provenance.result(), ranges)
             (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
             steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
     return open_artifact(folder, recorded), statistics
@@ -214,12 +231,30 @@ def _check_disk(plan: ExportPlan) -> None:
         )
 
 
+def _round(plan: ExportPlan, module: nn.Module, steps: Steps) -> nn.Module:
+    """The module in the precision of the plan, and what it costs where modules stay float32."""
+    request = plan.request
+    if not plan.keep_fp32:
+        return in_precision(module, request.precision)
+    from npu_export.proof.ranges import count_casts
+
+    with steps.step("keep modules in float32"):
+        _check_disk(plan)  # which may need more than was known when it was first checked
+        spec = request.encoder.inputs[0]
+        without = count_casts(module, spec, torch_dtype(request.precision))
+        changed = in_precision(module, request.precision, plan.keep_fp32)
+        steps.detail(describe_cost(plan, count_casts(changed, spec) - without))
+    return changed
+
+
 def _recorder(plan: ExportPlan, network: nn.Module) -> AbstractContextManager[BoundaryRecorder | None]:
     """Records what the network gives at its boundaries where probes are asked for."""
     return record_boundaries(network) if plan.request.probes else contextlib.nullcontext()
 
 
-def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:
+def _freeze_torchscript(
+    plan: ExportPlan, module: nn.Module, kept: Sequence[torch.Tensor], folder: Path, steps: Steps
+) -> list[Program]:
     from npu_export.lint import lint_torchscript
     from npu_export.torchscript import empty_constants, entry_point, trace_frozen
     from npu_runtime.torch_interop import write_torchscript
@@ -227,7 +262,7 @@ def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps
     batches = plan.request.batches
     with steps.step(f"freeze torchscript, batch {', '.join(map(str, batches))}"):
         program = trace_frozen(module, plan.request.inputs[0], batches)
-        lint_torchscript(program, [entry_point(b) for b in batches], plan.request.precision)
+        lint_torchscript(program, [entry_point(b) for b in batches], plan.request.precision, kept)
         write_torchscript(program, folder / TORCHSCRIPT_FILE, plan.sizes()[TORCHSCRIPT_FILE])
         empty_constants(program, [entry_point(b) for b in batches])
         steps.detail(f"device-clean, {plan.request.precision}, no float64")
@@ -248,7 +283,7 @@ def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps
             name = onnx.graph_file(batch)
             with steps.step(f"freeze onnx, batch {batch}"):
                 model = onnx.export_graph(module, request.inputs[0], request.encoder.outputs, batch, request.opset)
-                lint_onnx(model, name, request.precision)
+                lint_onnx(model, name, request.precision, plan.keep_fp32)
                 onnx.write_graph(model, weights, folder / name)
                 steps.detail(f"opset {request.opset}, fixed shapes, {request.precision}, no float64")
             needs = (onnx.WEIGHTS_FILE,)
@@ -264,6 +299,7 @@ def _describe(
     files: tuple[FileRecord, ...],
     reference: Reference,
     provenance: Provenance,
+    ranges: Ranges | None,
 ) -> Manifest:
     encoder = plan.request.encoder
     return Manifest(
@@ -277,4 +313,6 @@ def _describe(
         preprocessing=plan.preprocessing,
         tolerances=on_every_device(encoder.published.tolerances[plan.request.precision], plan.request.precision),
         provenance=provenance,
+        ranges=ranges,
+        keep_fp32=plan.keep_fp32,
     )

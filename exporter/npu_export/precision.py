@@ -34,10 +34,9 @@ def in_precision(module: nn.Module, precision: Precision, keep_fp32: Sequence[st
 
     `keep_fp32` names modules of the network that keep float32, among `castable_modules`. Each module with weights
     casts what comes in to its own type and leaves what it gives as it is, so that from one that is kept to the next
-    nothing is rounded. Raises UsageError for other names, and for any in fp32.
+    nothing is rounded. Raises UsageError for other names. In fp32 all modules are as kept ones.
     """
     if precision == "fp32":
-        check_kept(keep_fp32, ())
         return module
     from npu_export.encoders.outputs import InPrecision
 
@@ -73,7 +72,7 @@ def check_kept(names: Iterable[str], choices: Iterable[str]) -> None:
     if unknown := [name for name in names if name not in known]:
         raise UsageError(
             "there is no such module to keep in float32",
-            expected=", ".join(known) or "none: in fp32 everything is float32",
+            expected=", ".join(known),
             got=", ".join(unknown),
         )
 

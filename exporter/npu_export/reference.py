@@ -33,7 +33,7 @@ def write_reference(plan: ExportPlan, module: nn.Module, path: Path, steps: Step
     advance = steps.count(len(inputs), "images")
     rows = []
     for image in inputs:
-        rows.append(run_eager(module, _normalised(image, plan.preprocessing)[None]))
+        rows.append(run_eager(module, normalised(image, plan.preprocessing)[None]))
         advance(1)
     outputs = {spec.name: np.concatenate(arrays) for spec, arrays in zip(encoder.outputs, zip(*rows))}
     for name, array in outputs.items():
@@ -47,7 +47,7 @@ def write_reference(plan: ExportPlan, module: nn.Module, path: Path, steps: Step
     path.write_bytes(save({spec.name: inputs, **outputs}))
 
 
-def _normalised(image: Images, preprocessing: Preprocessing) -> Images:
+def normalised(image: Images, preprocessing: Preprocessing) -> Images:
     """An image's `pixel_values` as the network itself takes them."""
     if image.dtype != np.uint8:
         return image

@@ -1,0 +1,1 @@
+"""What is measured of a network before it is frozen, and what of it is refused."""
