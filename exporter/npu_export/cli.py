@@ -9,7 +9,9 @@ import click
 from click.core import ParameterSource
 
 from npu_export.encoders import ENCODERS
+from npu_export.errors import PrecisionError
 from npu_export.plan import (
+    AUTO,
     DEFAULT_OPSET,
     FORMATS,
     INPUTS,
@@ -21,6 +23,7 @@ from npu_export.plan import (
 )
 from npu_export.recognise import describe_coverage
 from npu_runtime import __version__
+from npu_runtime.artifact.range_text import spell_ranges
 from npu_runtime.cli.console import (
     StepProgress,
     print_json,
@@ -32,11 +35,14 @@ from npu_runtime.cli.console import (
     spell_preprocessing,
 )
 from npu_runtime.cli.options import json_option, parse_batches, quiet_option
+from npu_runtime.cli.range_tables import print_ranges
 from npu_runtime.errors import UsageError
 from npu_runtime.structured import to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from npu_runtime.artifact.schema import Ranges
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -86,12 +92,31 @@ if TYPE_CHECKING:
     help="Record statistics of every block, by which the one where a fault begins can be found in the artifact later.",
 )
 @click.option(
+    "--keep-fp32",
+    multiple=True,
+    callback=lambda _context, _parameter, value: _split(value),
+    metavar=f"{AUTO}|NAME,NAME…",
+    help="Modules that stay float32 in fp16 or bf16, such as blocks.5; auto: those that float16 does not hold, by what "
+    "is measured before the export.  [default: none; what float16 does not hold is refused]",
+)
+@click.option(
+    "--images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE|DIR",
+    help="Images on which the ranges for fp16 are measured beside the reference's. Repeat for several.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="The artifact folder itself.  [default: ./NAME-PRECISION, or ./NAME-PRECISION-uint8]",
 )
-@click.option("--dry-run", is_flag=True, help="Plan from names and shapes, print it, and write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Plan from names and shapes, for fp16 measure the ranges too, print it, and write nothing.",
+)
 @click.option("--force", is_flag=True, help="Replace the artifact that --output names.")
 @quiet_option
 @json_option
@@ -110,6 +135,8 @@ def command(
     opset: int,
     preprocess: str | None,
     probes: bool,
+    keep_fp32: tuple[str, ...],
+    images: tuple[Path, ...],
     output: Path | None,
     dry_run: bool,
     force: bool,
@@ -150,13 +177,21 @@ def command(
         opset=opset,
         preprocess=preprocess,
         probes=probes,
+        keep_fp32=keep_fp32,
+        images=images,
         output=output,
         force=force,
     )
     steps = StepProgress()
     plan = plan_export(request, weights, steps)
     if dry_run:
-        return _print_plan(plan, as_json)
+        ranges = None
+        if request.precision == "fp16":
+            from npu_export.proof.headroom import measure_plan, settle_kept
+
+            ranges = measure_plan(plan, steps)
+            plan = settle_kept(plan, ranges)
+        return _print_plan(plan, ranges, as_json)
     from npu_export.pipeline import run_export
 
     _print_result(run_export(plan, steps), as_json)
@@ -200,8 +235,13 @@ def _print_list(as_json: bool) -> None:
     print_line(f"precisions  {', '.join(PRECISIONS)}")
 
 
-def describe_plan(plan: ExportPlan) -> Mapping[str, Any]:
-    """The plan as data."""
+def _split(values: Sequence[str]) -> tuple[str, ...]:
+    """Names given with commas, repeatedly, or both."""
+    return tuple(name.strip() for value in values for name in value.split(","))
+
+
+def describe_plan(plan: ExportPlan, ranges: Ranges | None) -> Mapping[str, Any]:
+    """The plan as data; `ranges` are those of fp16."""
     request, weights = plan.request, plan.weights
     keymap = weights.keymap
     return {
@@ -218,6 +258,8 @@ def describe_plan(plan: ExportPlan) -> Mapping[str, Any]:
         "inputs": to_json(request.inputs),
         "outputs": to_json(request.encoder.outputs),
         "probes": plan.boundaries() if request.probes else [],
+        "ranges": None if ranges is None else _describe_ranges(plan, ranges),
+        "keep_fp32": plan.keep_fp32,
         "output": str(request.output),
         "coverage": {
             **to_json(weights.coverage()),
@@ -232,8 +274,8 @@ def describe_plan(plan: ExportPlan) -> Mapping[str, Any]:
     }
 
 
-def _print_plan(plan: ExportPlan, as_json: bool) -> None:
-    described = describe_plan(plan)
+def _print_plan(plan: ExportPlan, ranges: Ranges | None, as_json: bool) -> None:
+    described = describe_plan(plan, ranges)
     if as_json:
         return print_json(described)
     request, encoder, coverage = plan.request, plan.request.encoder, plan.weights.coverage()
@@ -253,9 +295,39 @@ def _print_plan(plan: ExportPlan, as_json: bool) -> None:
     print_line(f"  images    {spell_preprocessing(plan.preprocessing)}")
     if described["probes"]:
         print_line(f"  probes    {len(described['probes'])} boundaries: {', '.join(described['probes'])}")
+    if ranges is not None:
+        print_line(f"  ranges    {spell_ranges(ranges)}")
+    if plan.keep_fp32:
+        print_line(f"  float32   {', '.join(plan.keep_fp32)}; {spell_nbytes(plan.kept_nbytes())} more in each format")
     for name, nbytes in plan.sizes().items():
         print_line(f"  file      {name}  {spell_nbytes(nbytes)}")
     print_line(f"  output    {request.output}  (dry run: nothing was written)")
+    if ranges is not None:
+        _print_ranges(plan, ranges)
+
+
+def _describe_ranges(plan: ExportPlan, ranges: Ranges) -> Mapping[str, Any]:
+    """The ranges, what float16 does not hold, what `--keep-fp32 auto` would keep, and whether the export is refused."""
+    from npu_export.proof.headroom import find_faults, keepable
+
+    faults = find_faults(ranges)
+    return {
+        **to_json(ranges),
+        "not_held": dict(faults),
+        AUTO: list(keepable(ranges)),
+        "refused": bool(faults.keys() - set(plan.keep_fp32)),
+    }
+
+
+def _print_ranges(plan: ExportPlan, ranges: Ranges) -> None:
+    from npu_export.proof.headroom import check_headroom
+
+    print_line("")
+    print_ranges(ranges, plan.keep_fp32)
+    try:
+        check_headroom(plan, ranges)
+    except PrecisionError as error:
+        print_line(f"\nThis export would be refused: {error}", warn=True)
 
 
 def _print_result(folder: Path, as_json: bool) -> None:
@@ -271,4 +343,8 @@ def _print_result(folder: Path, as_json: bool) -> None:
         ("file", "size"),
         [(record.file, spell_nbytes(record.nbytes)) for record in manifest.files],
     )
+    if manifest.ranges is not None:
+        print_line(f"ranges    {spell_ranges(manifest.ranges)}")
+    if manifest.keep_fp32:
+        print_line(f"float32   {', '.join(manifest.keep_fp32)}")
     print_line(f"next      npu-runtime verify {folder}")

@@ -82,7 +82,7 @@ def _rebuild(artifact: Artifact, weights: str | None) -> nn.Module:
             got=digest,
             hint="pass the original checkpoint with --weights, or export again",
         )
-    module = in_precision(encoder.with_outputs(network), manifest.precision)
+    module = in_precision(encoder.with_outputs(network), manifest.precision, manifest.keep_fp32)
     return with_input(module, manifest.inputs[0].dtype, manifest.preprocessing)
 
 

@@ -20,30 +20,43 @@ FLOAT64 = 7
 """Number of float64 among torch's scalar types (c10/core/ScalarType.h), as programs hold it."""
 
 
-def lint_torchscript(program: torch.jit.ScriptModule, entry_points: Sequence[str], precision: Precision) -> None:
+def lint_torchscript(
+    program: torch.jit.ScriptModule,
+    entry_points: Sequence[str],
+    precision: Precision,
+    kept: Sequence[torch.Tensor] = (),
+) -> None:
     """Raise LintError, all findings listed, unless the program is device-clean, of its precision and without float64.
 
     A device literal stays what it was when the program was traced: `map_location` moves tensors, not
-    literals, so a program that holds `cpu` mixes devices elsewhere. Ascend has no float64.
+    literals, so a program that holds `cpu` mixes devices elsewhere. Ascend has no float64. `kept` are the parameters
+    that products have in float32 whatever the precision, and no others.
     """
     findings = [
         f"{name}: {finding}"
         for name in ("forward", *entry_points)
-        for finding in (*_graph_findings(getattr(program, name).graph), *_other_precision(program, name, precision))
+        for finding in (
+            *_graph_findings(getattr(program, name).graph),
+            *_other_precision(program, name, precision, kept),
+        )
     ]
     _refuse("TorchScript program", findings)
 
 
-def lint_onnx(model: ir.Model, where: str, precision: Precision) -> None:
-    """Raise LintError unless the graph has fixed shapes, one opset, its precision and no float64."""
-    wanted = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[precision]
+def lint_onnx(model: ir.Model, where: str, precision: Precision, kept: Sequence[str] = ()) -> None:
+    """Raise LintError unless the graph has fixed shapes, one opset, its precision and no float64.
+
+    `kept` names the modules of the network that compute in float32 whatever the precision.
+    """
+    narrow = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[precision]
     findings = [f"opset of another domain: {domain}" for domain in model.opset_imports if domain]
     for node in model.graph.all_nodes():
         for value in node.outputs:
             findings += _value_findings(f"{node.op_type} {value.name}", value)
         if node.op_type in PRODUCTS:
+            wanted, name = (ir.DataType.FLOAT, "fp32") if _is_within(node, kept) else (narrow, precision)
             findings += [
-                f"{node.op_type} {node.outputs[0].name} computes in {value.dtype}, not {precision}"
+                f"{node.op_type} {node.outputs[0].name} computes in {value.dtype}, not {name}"
                 for value in (*node.inputs, *node.outputs)
                 if value is not None and value.dtype != wanted
             ]
@@ -55,19 +68,39 @@ def lint_onnx(model: ir.Model, where: str, precision: Precision) -> None:
     _refuse(f"ONNX graph {where}", findings)
 
 
-def _other_precision(program: torch.jit.ScriptModule, name: str, precision: Precision) -> Iterator[str]:
+def _is_within(node: ir.Node, modules: Sequence[str]) -> bool:
+    """Whether one of these modules of the network makes this node; torch's exporter names them from the outside in."""
+    path = node.metadata_props.get("namespace", "").split("/")
+    names = [part.partition(":")[0].rpartition("network.")[2] for part in path]
+    return any(name in modules for name in names)
+
+
+def _other_precision(
+    program: torch.jit.ScriptModule, name: str, precision: Precision, kept: Sequence[torch.Tensor]
+) -> Iterator[str]:
     """Products whose weights, constants of the program, have another type than the one asked for."""
     wanted = torch_dtype(precision)
     products = 0
     for node in nodes_of(getattr(program, name).graph):
         if node.kind() in ATEN_PRODUCTS:
             for value in node.inputs():
-                dtype = _tensor_dtype(value) if value.node().kind() == "prim::Constant" else None
-                products += dtype is not None
-                if dtype not in (None, wanted):
-                    yield f"{node.kind()} {node.output().debugName()} has a weight of {dtype}, not {precision}"
+                tensor = _constant(value) if value.node().kind() == "prim::Constant" else None
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                products += 1
+                product = f"{node.kind()} {node.output().debugName()}"
+                if tensor.dtype != wanted and not _is_one_of(tensor, kept):
+                    yield f"{product} has a weight of {tensor.dtype}, not {precision}"
+                if tensor.dtype == wanted != torch.float32 and tensor.ndim > 1 and _is_one_of(tensor, kept):
+                    yield f"{product} has a weight of {tensor.dtype} that was to be kept in float32"
     if not products:
         yield "no product with a weight, whose type could be read"
+
+
+def _is_one_of(tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> bool:
+    """Whether this is one of the parameters, rounded to its type; what is all zeros is none of them."""
+    alike = [parameter for parameter in parameters if parameter.shape == tensor.shape]
+    return any(parameter.to(tensor.dtype).equal(tensor) for parameter in alike) and bool(tensor.any())
 
 
 def _refuse(what: str, findings: Sequence[str]) -> None:

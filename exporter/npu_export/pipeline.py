@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,9 @@ from npu_export.boundaries import BoundaryRecorder, Scale, record_boundaries
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import load_network, state_sha256
 from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
-from npu_export.precision import in_precision
+from npu_export.precision import in_precision, torch_dtype
 from npu_export.probes import Statistics, add_probes, collect_statistics
+from npu_export.proof.headroom import check_headroom, describe_cost, measure_ranges, settle_kept
 from npu_export.proof.unrounded import check_unrounded
 from npu_export.provenance import describe_provenance
 from npu_export.reference import write_reference
@@ -28,6 +30,7 @@ from npu_runtime.artifact.schema import (
     Manifest,
     Program,
     Provenance,
+    Ranges,
     Reference,
 )
 from npu_runtime.artifact.staging import stage
@@ -42,6 +45,7 @@ from npu_runtime.parity.verify import measure_parity
 from npu_runtime.steps import BYTES, Silent, Steps
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from npu_export.proof.rounding import RoundingStudy
@@ -67,6 +71,8 @@ def export(
     opset: int = DEFAULT_OPSET,
     preprocess: str | None = None,
     probes: bool = False,
+    keep_fp32: str | Sequence[str] = (),
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     output: str | Path | None = None,
     force: bool = False,
     steps: Steps | None = None,
@@ -79,9 +85,12 @@ def export(
     compute: fp32, fp16 or bf16. `input` is what the programs take: float32, images that were normalised, or uint8,
     pixels [B, H, W, 3] that they normalise. `preprocess` says whose preparation of images to record: hf, timm or
     upstream, the settings beside the weights without it. `probes` records statistics of every block, by which
-    `localise` finds a fault in the artifact later. `output` is the artifact folder itself; without it,
+    `localise` finds a fault in the artifact later. `keep_fp32` names modules, such as `blocks.5`, that keep float32
+    in fp16 and bf16; "auto" those that float16 does not hold, as was measured on the reference's images and on
+    `images`, files or folders. `output` is the artifact folder itself; without it,
     `./NAME-PRECISION`, with `-uint8` for that input. Raises UsageError for arguments that do not fit,
-    CheckpointError for weights that cannot be used whole, LintError for a program that would not run on Ascend,
+    CheckpointError for weights that cannot be used whole, PrecisionError where float16 does not hold what the network
+    computes and that is not kept in float32, LintError for a program that would not run on Ascend,
     ParityError when a frozen program differs from the reference by more than its tolerance, ArtifactError or Error
     when files cannot be written.
     """
@@ -97,6 +106,8 @@ def export(
         opset=opset,
         preprocess=preprocess,
         probes=probes,
+        keep_fp32=keep_fp32,
+        images=images,
         output=output,
         force=force,
     )
@@ -158,9 +169,14 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Written:
             steps.detail(f"float32 is {study.float32.worst():.1e} of each channel from float64")
         if request.precision == "fp32":
             study.run_fast(module)
-        if request.precision != "fp32":
-            provenance.result()  # the weights are changed next
-        module, narrow = in_precision(module, request.precision), None
+        else:
+            provenance.result()  # the weights are put aside for a moment, and then changed
+        ranges = None
+        if request.precision == "fp16":
+            ranges = measure_ranges(plan, module, steps)
+            plan = settle_kept(plan, ranges)
+            check_headroom(plan, ranges)
+        module, narrow = _round(plan, module, steps), None
         if request.precision != "fp32":
             with steps.step(f"measure what {request.precision} rounds"), _recorder(plan, network, scales) as narrow:
                 narrow_rounding = study.run_narrow(module, request.precision)
@@ -173,7 +189,8 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Written:
         programs: list[Program] = []
         records: dict[str, Future[RecordedFile]] = {}
         if "torchscript" in request.formats:
-            programs += _freeze_torchscript(plan, module, folder, steps)
+            kept = [parameter for name in plan.keep_fp32 for parameter in network.get_submodule(name).parameters()]
+            programs += _freeze_torchscript(plan, module, kept, folder, steps)
             records[TORCHSCRIPT_FILE] = pool.submit(record_file, folder, TORCHSCRIPT_FILE)
         if "onnx" in request.formats:
             programs += _freeze_onnx(plan, module, folder, steps)
@@ -192,7 +209,7 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Written:
             hashed = [dataclasses.replace(p, sha256=files[p.file].sha256) for p in programs]
             numerics = {name: str(value) for name, value in held.describe().items()}
             reference = Reference(REFERENCE_FILE, REFERENCE_SEEDS, numerics)
-            manifest = _describe(plan, hashed, tuple(files.values()), reference, study, provenance.result())
+            manifest = _describe(plan, hashed, tuple(files.values()), reference, study, provenance.result(), ranges)
             (folder / MANIFEST_NAME).write_text(encode_manifest(manifest), "utf-8")
             steps.detail(f"{sum(record.nbytes for record in files.values()) / 1e6:,.0f} MB in {len(files)} files")
     return Written(open_artifact(folder, hashed_files), study, unrounded, statistics)
@@ -246,6 +263,22 @@ def _check_disk(plan: ExportPlan) -> None:
         )
 
 
+def _round(plan: ExportPlan, module: nn.Module, steps: Steps) -> nn.Module:
+    """The module in the precision of the plan, and what it costs where modules stay float32."""
+    request = plan.request
+    if not plan.keep_fp32:
+        return in_precision(module, request.precision)
+    from npu_export.proof.ranges import count_casts
+
+    with steps.step("keep modules in float32"):
+        _check_disk(plan)  # which may need more than was known when it was first checked
+        spec = request.encoder.inputs[0]
+        without = count_casts(module, spec, torch_dtype(request.precision))
+        changed = in_precision(module, request.precision, plan.keep_fp32)
+        steps.detail(describe_cost(plan, count_casts(changed, spec) - without))
+    return changed
+
+
 def _recorder(
     plan: ExportPlan, network: nn.Module, scales: Mapping[str, Scale] | None = None
 ) -> AbstractContextManager[BoundaryRecorder | None]:
@@ -253,7 +286,9 @@ def _recorder(
     return record_boundaries(network, scales) if plan.request.probes else contextlib.nullcontext()
 
 
-def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps) -> list[Program]:
+def _freeze_torchscript(
+    plan: ExportPlan, module: nn.Module, kept: Sequence[torch.Tensor], folder: Path, steps: Steps
+) -> list[Program]:
     from npu_export.lint import lint_torchscript
     from npu_export.torchscript import empty_constants, entry_point, trace_frozen
     from npu_runtime.torch_interop import write_torchscript
@@ -261,7 +296,7 @@ def _freeze_torchscript(plan: ExportPlan, module: nn.Module, folder: Path, steps
     batches = plan.request.batches
     with steps.step(f"freeze torchscript, batch {', '.join(map(str, batches))}"):
         program = trace_frozen(module, plan.request.inputs[0], batches)
-        lint_torchscript(program, [entry_point(b) for b in batches], plan.request.precision)
+        lint_torchscript(program, [entry_point(b) for b in batches], plan.request.precision, kept)
         write_torchscript(program, folder / TORCHSCRIPT_FILE, plan.sizes()[TORCHSCRIPT_FILE])
         empty_constants(program, [entry_point(b) for b in batches])
         steps.detail(f"device-clean, {plan.request.precision}, no float64")
@@ -284,7 +319,7 @@ def _freeze_onnx(plan: ExportPlan, module: nn.Module, folder: Path, steps: Steps
                 model, applied = onnx.export_graph(
                     module, request.inputs[0], request.encoder.outputs, batch, request.opset
                 )
-                lint_onnx(model, name, request.precision)
+                lint_onnx(model, name, request.precision, plan.keep_fp32)
                 onnx.write_graph(model, weights, folder / name)
                 rewrites = ", ".join(f"{name} {count}" for name, count in applied.items()) or "none"
                 what = f"opset {request.opset}, fixed shapes, {request.precision}, no float64"
@@ -303,6 +338,7 @@ def _describe(
     reference: Reference,
     study: RoundingStudy,
     provenance: Provenance,
+    ranges: Ranges | None,
 ) -> Manifest:
     encoder = plan.request.encoder
     return Manifest(
@@ -317,4 +353,6 @@ def _describe(
         tolerances=study.tolerances(plan.request.precision),
         provenance=provenance,
         margins=study.margins(plan.request.precision),
+        ranges=ranges,
+        keep_fp32=plan.keep_fp32,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import cast
 from npu_export.boundaries import boundary_names
 from npu_export.encoders import find_encoder
 from npu_export.encoders.spec import EncoderSpec
-from npu_export.network import WeightsPlan, plan_weights
-from npu_export.precision import require_kernels
+from npu_export.network import WeightsPlan, network_shapes, plan_weights
+from npu_export.precision import check_kept, require_kernels
 from npu_export.preprocessor_config import resolve_preprocessing
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import (
@@ -38,6 +40,8 @@ PACKAGES = {"torchscript": ("torch",), "onnx": ("torch", "onnx", "onnx_ir", "onn
 """Format -> modules that freezing to it, and checking the result, imports."""
 INPUTS: tuple[InputDtype, ...] = ("float32", "uint8")
 PUBLISHERS: tuple[Publisher, ...] = ("hf", "timm", "upstream")
+AUTO = "auto"
+"""In place of modules to keep in float32: those that float16 does not hold."""
 DEFAULT_OPSET = 18
 LEAST_OPSET = 11
 """The oldest ai.onnx opset that ATC documents."""
@@ -67,6 +71,10 @@ class Request:
     preprocess: Publisher | None
     """Whose preparation of images to record; None for the settings beside the weights, then the encoder's first."""
     probes: bool
+    keep_fp32: tuple[str, ...]
+    """Modules of the network that stay float32; AUTO among them adds those that float16 does not hold."""
+    images: tuple[Path, ...]
+    """Files and folders of images on which ranges are measured beside the reference's."""
     output: Path
     force: bool
 
@@ -83,11 +91,13 @@ class ExportPlan:
     request: Request
     weights: WeightsPlan
     preprocessing: Preprocessing
+    keep_fp32: tuple[str, ...] = ()
+    """Modules that stay float32. What AUTO adds to those of the request is not known before ranges are measured."""
 
     def sizes(self) -> Mapping[str, int]:
         """Bytes that each file takes, about: weights and reference as they are, graphs left out."""
         encoder, nbytes = self.request.encoder, {}
-        weights_nbytes = PRECISIONS[self.request.precision] * self.weights.parameters
+        weights_nbytes = PRECISIONS[self.request.precision] * self.weights.parameters + self.kept_nbytes()
         if "torchscript" in self.request.formats:
             nbytes["model.ts"] = weights_nbytes
         if "onnx" in self.request.formats:
@@ -98,8 +108,18 @@ class ExportPlan:
             nbytes[PROBES_FILE] = len(self.boundaries()) * len(REFERENCE_SEEDS) * 8 * (WIDTH + 1)
         return nbytes
 
+    def kept_nbytes(self) -> int:
+        """Bytes that the weights of a program take more, for modules that stay float32."""
+        if not self.keep_fp32:
+            return 0
+        kept = tuple(f"{name}." for name in self.keep_fp32)
+        elements = [
+            math.prod(shape) for name, shape in network_shapes(self.weights.layout).items() if name.startswith(kept)
+        ]
+        return (PRECISIONS["fp32"] - PRECISIONS[self.request.precision]) * sum(elements)
+
     def boundaries(self) -> list[str]:
-        """Modules with weights whose outputs are recorded where probes are asked for."""
+        """Modules with weights whose outputs are recorded where probes are asked for, and which may stay float32."""
         keys = [target for move in self.weights.keymap.moves for target in move.targets]
         parents = dict.fromkeys(
             ".".join(key.split(".")[:depth]) for key in keys for depth in range(1, key.count(".") + 1)
@@ -120,6 +140,8 @@ def make_request(
     opset: int = DEFAULT_OPSET,
     preprocess: str | None = None,
     probes: bool = False,
+    keep_fp32: str | Sequence[str] = (),
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     output: str | Path | None = None,
     force: bool = False,
 ) -> Request:
@@ -147,6 +169,9 @@ def make_request(
             expected=f"different whole numbers from 1 to {MAX_BATCH}, such as 1,4,8",
             got=",".join(map(str, batch)) or "none",
         )
+    keep = tuple(dict.fromkeys([keep_fp32] if isinstance(keep_fp32, str) else keep_fp32))
+    paths = tuple(Path(path) for path in ([images] if isinstance(images, (str, os.PathLike)) else images))
+    _check_ranges(precision, keep, paths)
     size = "" if encoder.image_size == published.image_size else f"-{encoder.image_size}"
     variant = cast(Precision, precision), cast(InputDtype, input)
     return Request(
@@ -160,9 +185,34 @@ def make_request(
         opset,
         cast("Publisher | None", preprocess),
         probes,
+        keep,
+        paths,
         Path(variant_name(f"{encoder.name}{size}", *variant) if output is None else output),
         force,
     )
+
+
+def _check_ranges(precision: str, keep_fp32: Sequence[str], images: Sequence[Path]) -> None:
+    """Refuse what has no meaning in a precision: ranges matter to fp16 alone, and fp32 has nothing to keep."""
+    if precision == "fp32" and keep_fp32:
+        raise UsageError(
+            "there is nothing to keep in float32: in fp32 everything is",
+            expected="--precision fp16 or bf16 beside --keep-fp32",
+            got=", ".join(keep_fp32),
+        )
+    if precision == "bf16" and AUTO in keep_fp32:
+        raise UsageError(
+            f"--keep-fp32 {AUTO} keeps what float16 does not hold, and bfloat16 holds whatever float32 does",
+            expected="names of modules, or --precision fp16",
+            got=f"{AUTO} in bf16",
+        )
+    if precision != "fp16" and images:
+        raise UsageError(
+            "images are for measuring ranges, which matter to fp16 alone",
+            expected="--precision fp16 beside --images",
+            got=f"{precision} and {', '.join(map(str, images))}",
+            hint="npu-runtime parity --images compares a finished artifact on images",
+        )
 
 
 def _at_size(encoder: EncoderSpec, image_size: int) -> EncoderSpec:
@@ -181,9 +231,11 @@ def _at_size(encoder: EncoderSpec, image_size: int) -> EncoderSpec:
 def plan_export(request: Request, weights: str | None, steps: Steps | None = None) -> ExportPlan:
     """The plan for a request; finds the checkpoint, reads its keys and settings, and no tensor.
 
-    Raises UsageError when the output exists, UnavailableError when a package is missing, CheckpointError
-    when the weights cannot be had or used whole.
+    Raises UsageError when the output exists or a module to keep does not, UnavailableError when a package is missing,
+    CheckpointError when the weights cannot be had or used whole, InputError for images that do not exist.
     """
+    from npu_runtime.parity.inputs import image_inputs
+
     watch = steps or Silent()
     with watch.step("find the weights and plan the keys"):
         check_output(request.output, force=request.force)
@@ -197,7 +249,11 @@ def plan_export(request: Request, weights: str | None, steps: Steps | None = Non
                 request.encoder, checkpoint, request.layout, prefix=request.prefix, resample=request.resample
             )
         watch.detail(f"{checkpoint.source}: {plan.why}")
-        return ExportPlan(request, plan, resolve_preprocessing(plan, request.preprocess))
+        named = tuple(name for name in request.keep_fp32 if name != AUTO)
+        export = ExportPlan(request, plan, resolve_preprocessing(plan, request.preprocess), named)
+        check_kept(named, export.boundaries())
+        image_inputs(request.images, export.preprocessing)
+        return export
 
 
 def _check_packages(formats: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ def write_reference(plan: ExportPlan, module: nn.Module, path: Path, steps: Step
     inputs = seeded_images(REFERENCE_SEEDS, spec.of_batch(1)[1:], spec.dtype)
     advance = steps.count(len(inputs), "images")
     rows = []
-    pixel_values = np.stack([_normalised(image, plan.preprocessing) for image in inputs])
+    pixel_values = np.stack([normalised(image, plan.preprocessing) for image in inputs])
     for image in pixel_values:
         rows.append(run_eager(module, image[None]))
         advance(1)
@@ -63,7 +63,7 @@ def write_reference(plan: ExportPlan, module: nn.Module, path: Path, steps: Step
     return Recorded(inputs, pixel_values, outputs)
 
 
-def _normalised(image: Images, preprocessing: Preprocessing) -> Images:
+def normalised(image: Images, preprocessing: Preprocessing) -> Images:
     """An image's `pixel_values` as the network itself takes them."""
     if image.dtype != np.uint8:
         return image

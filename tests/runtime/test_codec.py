@@ -200,6 +200,7 @@ def test_every_manifest_of_an_older_minor_is_read() -> None:
         before_devices = file.stem in ("2.0", "2.1")
         assert (manifest.probes, [output.groups for output in manifest.outputs] == [(), ()]) == (None, before_devices)
         assert (manifest.tolerances_on("npu") == manifest.tolerances) is before_devices
+        assert (manifest.ranges, manifest.keep_fp32) == (None, ())
         published = None if file.stem in ("2.0", "2.1", "2.2") else "hf"
         assert (manifest.preprocessing.publisher, manifest.preprocessing.crop_offset) == (published, "even")
         assert manifest.inputs == (input_spec("float32", (32, 32)),)

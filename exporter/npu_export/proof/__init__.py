@@ -1,1 +1,1 @@
-"""What an artifact is proven with: what rounding does to this network with these weights, and limits that follow."""
+"""What is measured of a network before it is frozen: ranges, what rounding does, and the limits that follow."""

@@ -125,6 +125,10 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
         impossible += [] if manifest.probes.boundaries else ["probes of no boundary"]
         frozen = {program.batch for program in manifest.programs}
         impossible += [] if manifest.probes.batch in frozen else [f"probes of batch {manifest.probes.batch}"]
+    if manifest.ranges is not None:
+        impossible += [f"headroom {r.headroom} of {r.module}" for r in manifest.ranges.modules if r.headroom <= 0]
+        impossible += [] if manifest.ranges.modules else ["ranges of no module"]
+    impossible += [f"{name} kept in fp32" for name in manifest.keep_fp32 if manifest.precision == "fp32"]
     if impossible:
         raise ArtifactError(
             "the manifest has values that no artifact has",

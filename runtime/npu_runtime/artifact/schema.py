@@ -9,7 +9,7 @@ Versions of the schema:
     2.3  preprocessing.publisher and .crop_offset, which was always even.
     2.4  an input of uint8 [B, H, W, 3], which the programs normalise.
     2.5  tolerances[].group, .numerics, .measured and the scaled metrics; margins in place of tolerances for each
-         device; probes of outputs over the scale of each channel.
+         device; probes of outputs over the scale of each channel; ranges, keep_fp32.
 """
 
 from __future__ import annotations
@@ -211,6 +211,53 @@ class Probes:
 
 
 @dataclass(frozen=True, slots=True)
+class Extreme:
+    """A value, and the operator that gives it, or `parameter NAME`, `input` or `output`."""
+
+    value: float
+    operator: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRange:
+    """How large, and how small, the values of a module of the source network are in float32."""
+
+    module: str
+    """Its name, such as `blocks.5`; what runs after it and before the next module is counted to it. Empty for weights
+    that stand outside of every module, such as positions."""
+    largest: Extreme
+    """The largest |x| of what the programs hold in float16, were the module not kept in float32."""
+    headroom: float
+    """65504, the largest number of float16, over `largest`."""
+    smallest: Extreme | None
+    """The least root mean square, zeros left out, of what must keep its small values: matrices, what comes in and goes
+    out, and what is divided by its own size. None where there is nothing but zeros."""
+    inside: Extreme | None
+    """The largest |x| inside of operators that hold it in float32 whatever the type of their inputs, or lose nothing
+    where it overflows; None where there is no such operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """What the network computes, against what float16 holds; measured on the float32 eager network before freezing."""
+
+    seeds: tuple[int, ...]
+    """Reference images that it was measured on."""
+    images: int
+    """How many images of the user's own beside them."""
+    margin: float
+    """The least headroom that is let through: how many times as large other images may make a value."""
+    least: float
+    """The least `smallest` that is let through."""
+    modules: tuple[ModuleRange, ...]
+    """In the order in which the network runs them; at least one."""
+
+    def nearest(self) -> ModuleRange:
+        """The module with the least headroom."""
+        return min(self.modules, key=lambda measured: measured.headroom)
+
+
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file of the checkpoint. None of the artifact's own files."""
 
@@ -273,6 +320,10 @@ class Manifest:
     """None where the artifact was exported without them."""
     margins: tuple[Margin, ...] = ()
     """One for each kind of device but the CPU; empty before 2.5, whose tolerances name the device."""
+    ranges: Ranges | None = None
+    """None but for fp16, and in manifests before 2.5."""
+    keep_fp32: tuple[str, ...] = ()
+    """Modules of the source network whose weights and compute stayed float32."""
 
     def tolerances_on(self, device: str, numerics: Numerics = "strict") -> tuple[Tolerance, ...]:
         """The tolerances of a kind of device under a choice of numerics.

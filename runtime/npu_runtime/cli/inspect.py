@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from npu_runtime.artifact.range_text import spell_ranges
 from npu_runtime.artifact.schema import TensorSpec
 from npu_runtime.artifact.store import open_artifact
 from npu_runtime.cli.console import (
@@ -15,6 +16,7 @@ from npu_runtime.cli.console import (
     spell_preprocessing,
 )
 from npu_runtime.cli.options import artifact_argument, json_option, quiet_option
+from npu_runtime.cli.range_tables import print_ranges
 from npu_runtime.structured import to_json
 
 
@@ -49,6 +51,10 @@ def command(artifact: str, as_json: bool) -> None:
         told = f"{len(probes.boundaries)} boundaries, {probes.boundaries[0].module} to {probes.boundaries[-1].module}, "
         told += f"batch {probes.batch}; limits {probes.basis}"
     print_line(f"probes    {told}")
+    if manifest.ranges is not None:
+        print_line(f"ranges    {spell_ranges(manifest.ranges)}")
+    if manifest.keep_fp32:
+        print_line(f"float32   {', '.join(manifest.keep_fp32)}")
     print_line(f"made with {', '.join(f'{name} {version}' for name, version in provenance.versions.items())}")
     print_line(f"digest    {opened.digest}\n")
     print_table(
@@ -61,6 +67,9 @@ def command(artifact: str, as_json: bool) -> None:
         left=3,
     )
     print_line("")
+    if manifest.ranges is not None:
+        print_ranges(manifest.ranges, manifest.keep_fp32)
+        print_line("")
     print_table(
         "files",
         ("file", "sha256", "size"),

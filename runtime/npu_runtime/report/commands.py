@@ -33,6 +33,7 @@ def export_command(manifest: Manifest, output: str) -> str:
     publisher = manifest.preprocessing.publisher
     parts += ["--preprocess", publisher] if publisher is not None else []
     parts += ["--probes"] if manifest.probes is not None else []
+    parts += ["--keep-fp32", ",".join(manifest.keep_fp32)] if manifest.keep_fp32 else []
     return shlex.join([*parts, "--output", output])
 
 

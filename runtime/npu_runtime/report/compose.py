@@ -13,6 +13,7 @@ from npu_runtime.report.evidence import evidence
 from npu_runtime.report.introduction import files, introduction, quick_start
 from npu_runtime.report.messages import TAGS, Say
 from npu_runtime.report.performance import performance
+from npu_runtime.report.ranges import ranges
 from npu_runtime.report.subjects import Subject
 
 SECTIONS = (
@@ -20,13 +21,14 @@ SECTIONS = (
     environment,
     quick_start,
     evidence,
+    ranges,
     accuracy,
     performance,
     files,
     notes,
     conclusion,
 )
-"""In the order of the report."""
+"""In the order of the report. A section that an artifact has nothing for may be None."""
 
 
 def compose(subjects: Sequence[Subject], language: str) -> Report:
@@ -38,12 +40,12 @@ def compose(subjects: Sequence[Subject], language: str) -> Report:
         contexts.append(make_context(say, subject, f"e{index + 1}", first))
     sections = [summary(contexts, say)]
     if len(contexts) == 1:
-        sections += [make(contexts[0]) for make in SECTIONS]
+        sections += _sections(contexts[0])
         title = say("title.one", encoder=subjects[0].encoder, precision=subjects[0].precision)
     else:
         names = [f"{subject.encoder} {subject.precision}" for subject in subjects]
         sections += [
-            Section(_unique(names, index, subjects), context.anchor, tuple(make(context) for make in SECTIONS))
+            Section(_unique(names, index, subjects), context.anchor, _sections(context))
             for index, context in enumerate(contexts)
         ]
         title = say("title.many", count=len(contexts))
@@ -51,6 +53,10 @@ def compose(subjects: Sequence[Subject], language: str) -> Report:
     if any(subject.weights.random_seed is not None for subject in subjects):
         lead.append(Text(say("lead.random"), "warn"))
     return Report(TAGS[language], title, tuple(lead), tuple(sections))
+
+
+def _sections(context: Context) -> tuple[Section, ...]:
+    return tuple(section for make in SECTIONS if (section := make(context)) is not None)
 
 
 def _unique(names: Sequence[str], index: int, subjects: Sequence[Subject]) -> str:

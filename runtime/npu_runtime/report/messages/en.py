@@ -24,6 +24,7 @@ MESSAGES: Mapping[str, str] = {
     "section.environment": "Environment",
     "section.quick start": "Quick start",
     "section.evidence": "Inference evidence",
+    "section.ranges": "Range of values",
     "section.accuracy": "Accuracy",
     "section.performance": "Performance",
     "section.files": "Files",
@@ -157,6 +158,22 @@ MESSAGES: Mapping[str, str] = {
     "picture.published": "{name} as published, {width} × {height} pixels",
     "picture.preprocessed": "{name} after preprocessing: what the network is given",
     "picture.figures": "{session}, {output}: max abs error {error}, mean cosine {cosine}",
+    # Range
+    "ranges.told": "float16 holds numbers up to 65,504, and below 6.1e-05 not all of their digits. Before the export, "
+    "the float32 network ran on {seeds} reference images. Headroom is 65,504 over the largest value that float16 "
+    "programs hold in a module; less than {margin} is not let through, since other images may give larger values.",
+    "ranges.given": "{images} images of the user were measured as well.",
+    "ranges.kept": "These modules stayed float32: {modules}.",
+    "ranges.none kept": "No module had to stay float32.",
+    "ranges.outside": "outside of the blocks",
+    "table.ranges": "Largest and smallest values of each module",
+    "table.ranges.lowest": "Largest and smallest values of the {shown} modules with the least headroom, of {count}",
+    "column.range module": "module",
+    "column.type": "type",
+    "column.largest by": "largest value by",
+    "column.largest": "largest value",
+    "column.headroom": "headroom",
+    "column.smallest rms": "least root mean square",
     # Accuracy
     "accuracy.none": "Accuracy: not measured. No record of parity or verify was given.",
     "accuracy.told": "Each step adds one thing to the step before, so that the first beyond its limit names what is to "

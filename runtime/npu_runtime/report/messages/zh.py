@@ -23,6 +23,7 @@ MESSAGES: Mapping[str, str] = {
     "section.environment": "环境信息",
     "section.quick start": "快速开始",
     "section.evidence": "推理验证",
+    "section.ranges": "数值范围",
     "section.accuracy": "精度",
     "section.performance": "性能",
     "section.files": "文件清单",
@@ -153,6 +154,22 @@ MESSAGES: Mapping[str, str] = {
     "picture.published": "{name} 原图，{width} × {height} 像素",
     "picture.preprocessed": "{name} 预处理后的网络输入",
     "picture.figures": "{session}，{output}：最大绝对误差 {error}，平均余弦相似度 {cosine}",
+    # 数值范围
+    "ranges.told": "float16 的最大值为 65,504，小于 6.1e-05 的数会损失有效位。导出前，float32 网络在 {seeds} 张"
+    "参考图片上运行并测量。余量为 65,504 与 float16 程序在模块中所存最大值之比；其他图片可能产生更大的值，"
+    "余量小于 {margin} 时不予导出。",
+    "ranges.given": "另测量了用户提供的 {images} 张图片。",
+    "ranges.kept": "以下模块保持 float32：{modules}。",
+    "ranges.none kept": "没有模块需要保持 float32。",
+    "ranges.outside": "各层之外",
+    "table.ranges": "各模块的最大值与最小值",
+    "table.ranges.lowest": "余量最小的 {shown} 个模块（共 {count} 个）的最大值与最小值",
+    "column.range module": "模块",
+    "column.type": "类型",
+    "column.largest by": "最大值来源",
+    "column.largest": "最大值",
+    "column.headroom": "余量",
+    "column.smallest rms": "最小均方根",
     # 精度
     "accuracy.none": "精度：未测量。未提供 parity 或 verify 的记录。",
     "accuracy.told": "每一步只比前一步多引入一个因素，首个超出容差的步骤即指明误差来源。"
