@@ -54,11 +54,6 @@ def plant(network: Any, outliers: Outliers, images: np.ndarray[Any, np.dtype[np.
         mlp.fc2.weight[channels, 0] = outliers.value / scale[channels] / active
 
 
-def can_plant(network: Any, outliers: Outliers) -> bool:
-    """Whether the network has tokens of which a few could differ."""
-    return not outliers.few or hasattr(network, "blocks")
-
-
 def _early_block(network: Any) -> Any:
     blocks = list(network.blocks) if hasattr(network, "blocks") else [b for s in network.stages for b in s.blocks]
     return blocks[min(3, len(blocks) // 2 - 1)]

@@ -28,9 +28,9 @@ def torch_dtype(precision: Precision) -> torch.dtype:
 def in_precision(module: nn.Module, precision: Precision, keep_fp32: Sequence[str] = ()) -> nn.Module:
     """The module with weights and compute in a precision, from float32 to float32; its network is changed.
 
-    All parameters take the type, those of norms too, as `model.to(dtype)` does in every upstream; torch
-    computes the statistics of norms and the softmax of attention in float32 whatever the type of their
-    inputs. Buffers that are computed, such as rotary positions, stay float32, as PE's own are.
+    All parameters take the type, those of norms and what batch norms remember too, as `model.to(dtype)` does in every
+    upstream; torch computes the statistics of norms and the softmax of attention in float32 whatever the type of their
+    inputs. Buffers that are computed and not stored, such as rotary positions, stay float32, as PE's own are.
 
     `keep_fp32` names modules of the network that keep float32, among `castable_modules`. Each module with weights
     casts what comes in to its own type and leaves what it gives as it is, so that from one that is kept to the next
@@ -44,15 +44,21 @@ def in_precision(module: nn.Module, precision: Precision, keep_fp32: Sequence[st
     modules = castable_modules(network) if keep_fp32 else {}
     check_kept(keep_fp32, modules)
     dtype, wide = torch_dtype(precision), torch_dtype("fp32")
-    kept = {id(parameter) for name in keep_fp32 for parameter in modules[name].parameters()}
-    for parameter in module.parameters():
-        if id(parameter) not in kept:
-            parameter.data = parameter.data.to(dtype)
+    kept = {id(t) for name in keep_fp32 for t in (*modules[name].parameters(), *_stored_buffers(modules[name]))}
+    for tensor in (*module.parameters(), *_stored_buffers(module)):
+        if id(tensor) not in kept:
+            tensor.data = tensor.data.to(dtype)
     if not keep_fp32:
         return InPrecision(module, dtype)
     for name, part in modules.items():
         part.register_forward_pre_hook(_cast_input(wide if name in keep_fp32 else dtype))
     return InPrecision(module, wide)  # the first module casts the images, if it has another type
+
+
+def _stored_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """Floating-point buffers that a checkpoint holds: running means and variances."""
+    stored = module.state_dict(keep_vars=True)
+    return [buffer for name, buffer in module.named_buffers() if name in stored and buffer.is_floating_point()]
 
 
 def castable_modules(network: nn.Module) -> dict[str, nn.Module]:

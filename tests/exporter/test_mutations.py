@@ -6,11 +6,12 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
-from gate import Gate, beyond, largest_share
+from gate import Gate, beyond, gate_of, largest_share
 from mutations import MUTATIONS, Mutation, changed_before_the_freezing, mean_of_patches, on_network, tanh_gelu
-from outliers import NONE, OUTLIERS, Outliers, can_plant
+from outliers import NONE, OUTLIERS, Outliers
 
 from npu_export.encoders import find_encoder
 from npu_export.encoders.dinov2 import DINOV2_SMALL_REG4
@@ -40,42 +41,48 @@ def named(case: object) -> str | None:
     return case.name if isinstance(case, EncoderSpec) else getattr(case, "__name__", None)
 
 
-def gate_of(encoder: EncoderSpec, outliers: Outliers) -> Gate:
-    gate = _gate(encoder.name, outliers)
-    if not can_plant(gate.network, outliers):
+def gate_with(encoder: EncoderSpec, outliers: Outliers) -> Gate:
+    if outliers.few and encoder is tiny.TINY_CONVNEXT:
         pytest.skip("no tokens of which a few could be massive")
-    return gate
+    return _gate(encoder.name, outliers)
 
 
 @functools.cache
 def _gate(name: str, outliers: Outliers) -> Gate:
-    encoder = find_encoder(name)
-    return Gate(encoder, NONE if name == tiny.TINY_CONVNEXT.name and outliers.few else outliers)
+    return gate_of(find_encoder(name), outliers)
 
 
 @pytest.mark.parametrize("outliers", OUTLIERS, ids=named)
 @pytest.mark.parametrize("encoder", tiny.FAMILIES, ids=named)
 def test_the_right_network_passes_in_every_precision(encoder: EncoderSpec, outliers: Outliers) -> None:
-    gate = gate_of(encoder, outliers)
-    if outliers.value:  # they are there
-        recorded = [abs(values).max() for values in gate.reference.values()]
-        assert max(recorded) > 3 * max(
-            abs(values).max() for values in _gate(encoder.name, NONE).reference.values()
-        ) or (hasattr(gate.network, "norm") and encoder is not tiny.TINY_PE_LANG)
+    gate = gate_with(encoder, outliers)
     for precision in PRECISIONS:
-        results = gate.judge(gate.outputs(gate.network_with(), precision), precision)
+        results = gate.judge(gate.outputs(precision), precision)
         assert beyond(results) == []
         assert precision == "fp32" or largest_share(results) > 0.3  # limits are near what rounding does
-        unrounded = gate.judge_unrounded(gate.unrounded(gate.network_with(), precision), precision)
-        assert beyond(unrounded) == []
+        assert beyond(gate.judge_unrounded(gate.unrounded(precision), precision)) == []
+
+
+@pytest.mark.parametrize("outliers", OUTLIERS[1:], ids=named)
+def test_outliers_are_there(outliers: Outliers) -> None:
+    largest = {
+        name: float(np.abs(array).max()) for name, array in gate_with(tiny.TINY_PE_LANG, outliers).reference.items()
+    }
+    assert all(
+        0.9 * outliers.value < value < 1.2 * outliers.value for value in largest.values()
+    )  # there is no last norm
+    massive = np.abs(gate_with(tiny.TINY_PE_LANG, outliers).reference["tokens"]) > outliers.value / 2
+    channels, tokens = massive.any(axis=(0, 1)), massive.any(axis=2)
+    assert channels.sum() == outliers.channels
+    assert set(tokens.sum(axis=1)) == {3 if outliers.few else tokens.shape[1]}
 
 
 @pytest.mark.parametrize("outliers", OUTLIERS, ids=named)
 @pytest.mark.parametrize(("encoder", "mutation"), CASES, ids=named)
 def test_a_wrong_network_fails_in_every_precision(encoder: EncoderSpec, mutation: Mutation, outliers: Outliers) -> None:
-    gate = gate_of(encoder, outliers)
+    gate = gate_with(encoder, outliers)
     if (encoder.name, mutation.__name__, str(outliers)) in UNSEEN:
-        changed = gate.judge(gate.outputs(gate.network_with(mutation), "fp32"), "fp32")
+        changed = gate.judge(gate.outputs("fp32", mutation), "fp32")
         assert largest_share(changed) < 1  # once it is seen, it must be refused
         return
     passed = [precision for precision in PRECISIONS if not gate.refuses(mutation, precision)]
@@ -83,8 +90,8 @@ def test_a_wrong_network_fails_in_every_precision(encoder: EncoderSpec, mutation
 
 
 def test_rounding_hides_a_fault_that_is_found_without_it() -> None:
-    gate = gate_of(tiny.TINY, NONE)
-    outputs = gate.outputs(gate.network_with(tanh_gelu), "bf16")
+    gate = gate_with(tiny.TINY, NONE)
+    outputs = gate.outputs("bf16", tanh_gelu)
     assert beyond(gate.judge(outputs, "bf16")) == []
     assert gate.refuses(tanh_gelu, "bf16")
 
@@ -92,7 +99,7 @@ def test_rounding_hides_a_fault_that_is_found_without_it() -> None:
 @pytest.mark.parametrize("outliers", OUTLIERS, ids=named)
 @pytest.mark.parametrize("encoder", WITH_TOKENS, ids=named)
 def test_the_mean_of_patches_is_not_taken_for_the_cls_token(encoder: EncoderSpec, outliers: Outliers) -> None:
-    gate = gate_of(encoder, outliers)
+    gate = gate_with(encoder, outliers)
     prefix = encoder.outputs[-1].shape[1] - (encoder.image_size // encoder.stride) ** 2  # type: ignore[operator]
     for precision in PRECISIONS:
         refused = gate.refuses(lambda _: None, precision, lambda outputs: mean_of_patches(outputs, prefix))
@@ -139,7 +146,7 @@ def _forget_gates() -> Iterator[None]:
 def test_the_right_network_passes_at_full_size(encoder: EncoderSpec, outliers: Outliers) -> None:
     gate = _gate(encoder.name, outliers)
     for precision in PRECISIONS:
-        assert beyond(gate.judge(gate.outputs(gate.network_with(), precision), precision)) == [], precision
+        assert beyond(gate.judge(gate.outputs(precision), precision)) == [], precision
 
 
 @pytest.mark.full

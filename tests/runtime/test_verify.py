@@ -66,8 +66,9 @@ def test_every_program_of_a_fresh_artifact_passes(tiny_artifact: Path, backend: 
     for row in rows:
         assert (row.backend, row.device) == (backend, "cpu")
         assert (row.status, row.reason, row.baseline) == ("passed", None, "stored reference")
-        for output in row.whole_outputs:
-            assert [check.metric for check in output.checks] == ["max_abs_error", "max_relative_l2_error"]
+        for output in row.outputs:
+            whole = ["max_abs_error", "max_relative_l2_error"] if output.group is None else []
+            assert [check.metric for check in output.checks] == [*whole, "max_scaled_error", "max_scaled_rmse"]
             assert all(check.value <= check.limit for check in output.checks)
 
 

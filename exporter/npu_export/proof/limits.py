@@ -28,7 +28,7 @@ SWAMPED: tuple[ToleranceMetric, ...] = ("max_abs_error", "max_relative_l2_error"
 """Metrics that a massive channel dominates; judged for whole outputs."""
 SCALED: tuple[ToleranceMetric, ...] = ("max_scaled_error", "max_scaled_rmse")
 """Metrics that it does not; judged for kinds of tokens as well."""
-PROBE_FACTORS: Mapping[Precision, float] = {"fp32": 10.0, "fp16": 2.0, "bf16": 2.0}
+PROBE_FACTORS: Mapping[Precision, float] = {"fp32": 10.0, "fp16": 3.0, "bf16": 3.0}
 """The same for the output of a block, whose error is estimated from a sketch, right within a tenth, and which no later
 norm brings back into range."""
 UNIT_ROUNDOFF: Mapping[Precision, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -37,8 +37,28 @@ section 2.2)."""
 TF32_ROUNDOFF = 2.0**-11
 FACTORS: Mapping[Precision, Mapping[ToleranceMetric, float]] = {
     "fp32": dict.fromkeys((*SWAMPED, *SCALED), 5.0),
-    "fp16": {**dict.fromkeys((*SWAMPED, *SCALED), 3.0), "max_scaled_rmse": 1.5},
-    "bf16": {**dict.fromkeys((*SWAMPED, *SCALED), 3.0), "max_scaled_rmse": 1.5},
+    "fp16": {**dict.fromkeys((*SWAMPED, *SCALED), 3.0), "max_scaled_rmse": 2.0},
+    "bf16": {**dict.fromkeys((*SWAMPED, *SCALED), 3.0), "max_scaled_rmse": 2.0},
+}
+"""How many times what rounding does a limit is.
+
+In float32 another program of the same network is 0.8 to 2.5 times as far from eager float32 as that is from float64
+(ONNX Runtime, all five and with massive channels of 100 and 1000; docs/margins.md), and any fault a hundred times and
+more. In half precision a program rounds at the points where the model does or at fewer, which makes it 0.5 to 1.1
+times as far by the scaled RMSE, a mean over thousands of errors, and 0.4 to 1.3 times by a metric that one element
+decides; where batch norms are folded into convolutions, whose weights are then rounded otherwise, 1.7 times (trained
+EfficientNet-Lite0). What rounding hides is found without it (proof/unrounded.py)."""
+PROBE_FACTORS: Mapping[Precision, float] = {"fp32": 10.0, "fp16": 3.0, "bf16": 3.0}
+"""The same for the output of a block, whose error is estimated from a sketch, right within a tenth, and which no later
+norm brings back into range."""
+UNIT_ROUNDOFF: Mapping[Precision, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+"""The most that rounding changes a number, as a share of it (Higham, Accuracy and Stability of Numerical Algorithms,
+section 2.2)."""
+TF32_ROUNDOFF = 2.0**-11
+FACTORS: Mapping[Precision, Mapping[ToleranceMetric, float]] = {
+    "fp32": dict.fromkeys((*SWAMPED, *SCALED), 5.0),
+    "fp16": {**dict.fromkeys((*SWAMPED, *SCALED), 3.0), "max_scaled_rmse": 2.0},
+    "bf16": {**dict.fromkeys((*SWAMPED, *SCALED), 3.0), "max_scaled_rmse": 2.0},
 }
 """How many times what rounding does a limit is.
 

@@ -95,9 +95,7 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
             )
     names = {output.name for output in manifest.outputs}
     unknown = [name for name in used if name not in records]
-    groups = {(output.name, group.name) for output in manifest.outputs for group in output.groups}
     unknown += [t.output for t in manifest.tolerances if t.output not in names]
-    unknown += [t.name for t in manifest.tolerances if t.group and (t.output, t.group) not in groups]
     if unknown or not manifest.programs or not manifest.inputs or not manifest.outputs:
         raise ArtifactError(
             "the manifest is incomplete",
@@ -117,6 +115,9 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     for output in manifest.outputs:
         tokens = output.shape[1] if len(output.shape) == 3 and _fixed(output) else 0
         impossible += [f"{g.name} of {output.name}" for g in output.groups if not 0 <= g.start < g.stop <= int(tokens)]
+    groups = {(output.name, group.name) for output in manifest.outputs for group in output.groups}
+    lost_groups = dict.fromkeys(t.group for t in manifest.tolerances if t.group and (t.output, t.group) not in groups)
+    impossible += [f"a tolerance of {group}, which are no tokens" for group in lost_groups]
     impossible += [f"margin {m.factor} of {m.device}" for m in manifest.margins if not m.factor >= 1]
     if manifest.probes is not None:
         lost = [f for b in manifest.probes.boundaries for f in b.places if f not in manifest.formats()]

@@ -23,7 +23,7 @@ def channel_scale(values: npt.NDArray[Any]) -> Array:
     Medians, so that a few massive tokens do not set the scale of a channel for all; the floor, so that a channel near
     zero does not count rounding of its own sums as an error many times its size. NaN where values are.
     """
-    sizes = np.abs(values.reshape(-1, values.shape[-1]))
+    sizes = np.abs(values.reshape(-1, values.shape[-1]).astype(np.float64))
     own = np.median(sizes, axis=0)
     scale: Array = np.maximum(own, np.median(own)).astype(np.float32)
     return scale
