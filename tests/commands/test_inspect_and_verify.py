@@ -141,7 +141,12 @@ def test_verify_as_json_is_a_record_with_figures_limits_and_machine(
         assert step["status"] == "passed"
         for output in (output for output in step["outputs"] if output["group"] is None):
             checks = output["checks"]
-            assert {check["metric"] for check in checks} == {"max_abs_error", "max_relative_l2_error"}
+            assert {check["metric"] for check in checks} == {
+                "max_abs_error",
+                "max_relative_l2_error",
+                "max_scaled_error",
+                "max_scaled_rmse",
+            }
             assert all(check["value"] == output["metrics"][check["metric"]] <= check["limit"] for check in checks)
     assert record["environment"]["versions"]["torch"]
 

@@ -25,6 +25,7 @@ STEPS = (
     "find the weights and plan the keys",
     "load the weights",
     "record the reference",
+    "measure what rounding does",
     "freeze torchscript, batch 1, 4",
     "freeze onnx, batch 1",
     "freeze onnx, batch 4",

@@ -68,7 +68,7 @@ def test_a_manifest_says_what_was_frozen(tiny_artifact: Path) -> None:
     manifest = open_artifact(tiny_artifact).manifest
     assert (manifest.encoder, manifest.precision) == ("tiny-vit", "fp32")
     assert (manifest.inputs, manifest.outputs) == (tiny.TINY.inputs, tiny.TINY.outputs)
-    assert manifest.tolerances_on("cpu") == tiny.TINY.published.tolerances["fp32"]
+    assert {t.name for t in manifest.tolerances_on("cpu")} == {t.name for t in manifest.tolerances}
     assert [t.limit for t in manifest.tolerances_on("npu")] == [10 * t.limit for t in manifest.tolerances_on("cpu")]
     assert manifest.preprocessing == tiny.TINY.preprocessing[0]
     assert [(p.format, p.file, p.batch, p.entry_point, p.opset, p.needs) for p in manifest.programs] == [
@@ -196,7 +196,10 @@ def test_an_export_in_half_precision_halves_the_weights_and_agrees_with_eager(
     artifact, full = open_artifact(output), open_artifact(tiny_artifact)
     assert artifact.manifest.precision == precision
     assert artifact.manifest.formats() == formats
-    assert artifact.manifest.tolerances_on("cpu") == tiny.TINY.published.tolerances[precision]  # type: ignore[index]
+    limits, full_limits = (
+        {t.name: t.limit for t in m.tolerances_on("cpu")} for m in (artifact.manifest, full.manifest)
+    )
+    assert all(limits[name] > 100 * full_limits[name] for name in full_limits)
     assert artifact.manifest.outputs == full.manifest.outputs
     assert artifact.manifest.provenance.weights == full.manifest.provenance.weights
     weights = 2 * tiny.TINY.published.parameters

@@ -21,6 +21,7 @@ from npu_export.precision import (
     require_kernels,
     torch_dtype,
 )
+from npu_export.proof.limits import UNIT_ROUNDOFF
 from npu_export.torchscript import trace_frozen
 from npu_export.weights import find_weights
 from npu_runtime.artifact.schema import Precision
@@ -58,12 +59,10 @@ def test_inputs_and_outputs_stay_float32_and_the_outputs_are_near_those_of_float
     with torch.inference_mode():
         expected = module(images)
         got = in_precision(module, precision)(images)
-    limits = {
-        (tolerance.output, tolerance.metric): tolerance.limit for tolerance in encoder.published.tolerances[precision]
-    }
-    for spec, exact, rounded in zip(encoder.outputs, expected, got):
+    for exact, rounded in zip(expected, got):
         assert rounded.dtype == torch.float32
-        assert 1e-5 < (rounded - exact).abs().max().item() <= limits[spec.name, "max_abs_error"]
+        share = ((rounded - exact).norm() / exact.norm()).item()
+        assert UNIT_ROUNDOFF[precision] / 4 < share < 10 * UNIT_ROUNDOFF[precision]
 
 
 def test_fp32_is_the_module_itself() -> None:
@@ -125,7 +124,7 @@ def test_frozen_programs_with_kept_modules_give_what_eager_gives_and_pass_lint(
     lint_torchscript(program, ["b1"], "fp16", weights)
     for exact, got in zip(expected, program(images)):
         assert torch.equal(got, exact)
-    graph = export_graph(changed, encoder.inputs[0], encoder.outputs, 1, 18)
+    graph, _ = export_graph(changed, encoder.inputs[0], encoder.outputs, 1, 18)
     lint_onnx(graph, "model.b1.onnx", "fp16", kept)
     session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString())
     for exact, given in zip(expected, session.run(None, {"pixel_values": images.numpy()})):
@@ -142,7 +141,7 @@ def test_lint_finds_a_module_that_was_to_be_kept_and_was_not_and_one_that_was_no
             lint_torchscript(trace_frozen(module, encoder.inputs[0], (1,)), ["b1"], "fp16", wanted)
         assert "has a weight of torch.float" in str(raised.value.got)
         with pytest.raises(LintError, match="would not run"):
-            lint_onnx(export_graph(module, encoder.inputs[0], encoder.outputs, 1, 18), "model", "fp16", names)
+            lint_onnx(export_graph(module, encoder.inputs[0], encoder.outputs, 1, 18)[0], "model", "fp16", names)
 
 
 def test_of_boundaries_in_each_other_the_outer_one_may_be_kept() -> None:
@@ -187,3 +186,28 @@ def test_onnxruntime_lacks_operators_in_bfloat16_and_they_are_named() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_precisions_that_can_be_checked_are_let_through(precision: Precision) -> None:
     assert require_kernels(precision) is None
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_what_a_batch_norm_remembers_takes_the_type(precision: Precision) -> None:
+    """torch refuses half precision beside running variances of float32."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.register_buffer("positions", torch.ones(1), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.norm(x),)
+
+    changed = in_precision(Network().eval(), precision)
+    dtypes = {name.removeprefix("encoder."): buffer.dtype for name, buffer in changed.named_buffers()}
+    assert dtypes == {
+        "norm.running_mean": torch_dtype(precision),
+        "norm.running_var": torch_dtype(precision),
+        "norm.num_batches_tracked": torch.int64,
+        "positions": torch.float32,
+    }
+    with torch.inference_mode():
+        assert changed(torch.ones(1, 3, 2, 2))[0].dtype == torch.float32

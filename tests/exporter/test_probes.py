@@ -16,11 +16,15 @@ from npu_export.eager import run_eager
 from npu_export.network import load_network, plan_weights
 from npu_export.pipeline import export
 from npu_export.plan import make_request, plan_export
-from npu_export.probes import LEAST_LIMIT, Statistics, add_probes, limit_of
+from npu_export.precision import in_precision, torch_dtype
+from npu_export.probes import Statistics, add_probes, collect_statistics
+from npu_export.proof.arithmetic import SummedInFloat32, run_in
+from npu_export.proof.limits import FLOAT64_IMAGES, UNIT_ROUNDOFF
+from npu_export.proof.rounding import IN_FLOAT64
 from npu_export.weights import find_weights
-from npu_runtime.artifact.store import ProbeRecord, open_artifact
+from npu_runtime.artifact.store import open_artifact
 from npu_runtime.errors import Error
-from npu_runtime.parity.sketch import WIDTH
+from npu_runtime.parity.sketch import WIDTH, relative_errors
 from npu_runtime.steps import Silent
 
 BOUNDARIES = {
@@ -50,9 +54,9 @@ def statistics_of(name: str, weights: str, inputs: np.ndarray[Any, Any]) -> Stat
     with record_boundaries(network) as recorder:
         for image in inputs:
             run_eager(encoder.with_outputs(network), image[None])
-    reference = recorder.records(len(inputs))
-    first = {name: ProbeRecord(record.sketch[:1], record.norm[:1]) for name, record in reference.items()}
-    return Statistics(reference, first, recorder.sizes)
+    with record_boundaries(network, recorder.scales) as exact:
+        run_in(encoder.with_outputs(network), inputs[:FLOAT64_IMAGES], IN_FLOAT64)
+    return collect_statistics("fp32", recorder, exact, None)
 
 
 def test_every_boundary_of_a_family_is_found_in_both_formats(probed_artifact: Path) -> None:
@@ -63,9 +67,9 @@ def test_every_boundary_of_a_family_is_found_in_both_formats(probed_artifact: Pa
     assert (probes.batch, probes.accelerator_margin) == (1, 10)
     for boundary in probes.boundaries:
         assert set(boundary.places) == {"torchscript", "onnx"}
-        assert LEAST_LIMIT <= boundary.limit < 1e-5
+        assert 10 * UNIT_ROUNDOFF["fp32"] <= boundary.limit < 1.2e-5
         assert probes.limit_on(boundary, "npu") == 10 * probes.limit_on(boundary, "cpu") == 10 * boundary.limit
-    assert probes.basis.startswith("10 times the largest relative L2 error of an image on this CPU over the formats")
+    assert probes.basis.startswith("10 times what rounding does there: the largest relative L2 error of an image")
     artifact.check_files()
 
 
@@ -75,7 +79,7 @@ def test_the_record_is_of_the_unmodified_network(probed_artifact: Path) -> None:
     records = artifact.read_probes(artifact.manifest.probes)
     expected = statistics_of(artifact.manifest.encoder, "random:3", artifact.read_reference()[0])
     assert set(load_file(probed_artifact / "probes.safetensors")) == {
-        f"{module}.{kind}" for module in records for kind in ("sketch", "norm")
+        f"{module}.{kind}" for module in records for kind in ("sketch", "norm", "scale")
     }
     for module, record in records.items():
         assert (record.sketch.shape, record.norm.shape) == ((4, WIDTH), (4,))
@@ -95,11 +99,12 @@ def test_blocks_that_are_not_in_a_program_stop_the_export(probed_artifact: Path,
     with pytest.raises(Error, match="blocks of the network were not found in the torchscript program") as caught:
         add_probes(artifact, other, Silent())
     lost = [module for module in BOUNDARIES[artifact.manifest.encoder] if is_block(module)]
-    assert caught.value.got == f"none for {', '.join(lost)}"
+    named = [part.split()[0] for part in str(caught.value.got).removeprefix("none for ").split(", ")]
+    assert named == lost
 
 
 def test_a_failed_search_for_blocks_leaves_no_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npu_export.probes.NEAREST", {"fp32": -1.0})
+    monkeypatch.setattr("npu_export.probes.NEAREST", -1.0)
     with pytest.raises(Error, match="blocks of the network were not found"):
         export("tiny-vit", weights="random:3", formats=("onnx",), probes=True, output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -178,9 +183,30 @@ def test_a_network_without_blocks_is_refused() -> None:
         recorder.records(3)
 
 
-@pytest.mark.parametrize(
-    ("error", "precision", "limit"),
-    [(1.234e-6, "fp32", 1.2e-5), (0.0, "fp32", LEAST_LIMIT), (1.26e-3, "fp16", 3.8e-3), (1e-2, "bf16", 3e-2)],
-)
-def test_limits_are_a_multiple_of_what_was_measured(error: float, precision: Any, limit: float) -> None:
-    assert limit_of(error, precision) == limit
+@pytest.mark.parametrize(("precision", "factor"), [("fp32", 10), ("fp16", 3), ("bf16", 3)])
+def test_the_limit_of_a_block_is_a_multiple_of_what_rounding_does_there(
+    precision: Any, factor: float, tmp_path: Path
+) -> None:
+    formats = ("torchscript",)
+    output = export(
+        "tiny-vit", weights="random:3", formats=formats, precision=precision, probes=True, output=tmp_path / "a"
+    )
+    artifact = open_artifact(output)
+    assert artifact.manifest.probes is not None
+    module = tiny.TINY.with_outputs(load_network(plan_weights(tiny.TINY, find_weights(tiny.TINY, "random:3"))))
+    network: Any = module.network
+    inputs, _ = artifact.read_reference()
+    records = artifact.read_probes(artifact.manifest.probes)
+    with record_boundaries(network, {name: record.scale for name, record in records.items()}) as rounded:
+        if precision == "fp32":
+            run_in(module, inputs[:FLOAT64_IMAGES], IN_FLOAT64)
+        else:
+            run_in(in_precision(module, precision), inputs, lambda: SummedInFloat32(torch_dtype(precision)))
+    for boundary in artifact.manifest.probes.boundaries:
+        record, other = (
+            records[boundary.module],
+            rounded.records(len(inputs[:FLOAT64_IMAGES] if precision == "fp32" else inputs)),
+        )
+        count = len(other[boundary.module].norm)
+        errors = relative_errors(other[boundary.module].sketch, record.sketch[:count], record.norm[:count])
+        assert boundary.limit == pytest.approx(factor * max(errors.max(), UNIT_ROUNDOFF[precision]), rel=0.1)

@@ -70,3 +70,24 @@ def test_attention_alone_that_is_wrong_leaves_encoders_without_it_alone(command:
     convnext = export("tiny-convnext", weights="random:3", formats=("torchscript",), output=tmp_path / "convnext")
     done = command("verify", convnext, *NPU, EMULATED_CANN_FAULTS="attention:uniform")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_fast_numerics_do_is_beyond_strict_limits_and_within_those_of_fast(
+    command: Run, family_artifact: Path
+) -> None:
+    """HF32 products and GELU by tanh, as the published reports of fp32 on a 910B have them."""
+    faults = {"EMULATED_CANN_FAULTS": "cube:hf32,gelu:tanh"}
+    done = command("verify", family_artifact, *NPU, "--numerics", "fast", "--json", **faults)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout)
+    strict = {t["output"]: t["limit"] for t in record["tolerances"] if t["device"] == "cpu" and _is_scaled_rmse(t)}
+    fast = {t["output"]: t["limit"] for t in record["tolerances"] if t["numerics"] == "fast" and _is_scaled_rmse(t)}
+    for output in (output for output in record["steps"][0]["outputs"] if output["group"] is None):
+        error = output["metrics"]["max_scaled_rmse"]
+        assert 10 * strict[output["output"]] < error < fast[output["output"]]
+    told = command("verify", family_artifact, *NPU, "--numerics", "fast", **faults).stdout
+    assert "limits    on npu:0 those of fast numerics: products of TF32 or HF32 operands, GELU by tanh" in told
+
+
+def _is_scaled_rmse(tolerance: dict[str, Any]) -> bool:
+    return (tolerance["metric"], tolerance["group"]) == ("max_scaled_rmse", None)
