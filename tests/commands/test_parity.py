@@ -283,3 +283,13 @@ def test_localise_names_the_block_and_the_record_keeps_every_boundary(
 def test_localise_without_probes_is_refused_before_anything_runs(call: Callable[..., Any], tiny_artifact: Path) -> None:
     result = call("npu-runtime", "parity", tiny_artifact, "--localise")
     assert (result.code, "export again with --probes" in result.err, "eager" in result.err) == (2, True, False)
+
+
+def test_a_record_without_figures_by_channel_is_shown_and_reported(call: Callable[..., Any], tmp_path: Path) -> None:
+    old = Path(__file__).parents[1] / "data/records/parity-1.2.json"
+    shown = call("npu-runtime", "show", old)
+    assert (shown.code, "parity passed" in shown.out) == (0, True)
+    assert call("npu-runtime", "show", old, "--against", old).code == 0
+    page = tmp_path / "page.html"
+    assert call("npu-runtime", "report", old, "--output", page).code == 0
+    assert "max RMS error over the channels" in page.read_text("utf-8")

@@ -93,6 +93,15 @@ def test_a_record_of_schema_1_1_is_read_with_the_fallback_and_the_operators_that
     assert {step.conditions.fallback for step in old.steps if step.conditions is not None} == {()}
 
 
+def test_a_record_of_schema_1_2_is_read_without_figures_by_channel() -> None:
+    old = read_record(Path(__file__).parents[1] / "data" / "records" / "parity-1.2.json")
+    outputs = [output for step in old.steps for output in step.outputs]
+    assert {output.metrics.max_scaled_rmse for output in outputs} == {None}
+    assert {image.scaled_rmse for output in outputs for image in output.images} == {None}
+    assert {check.group for step in old.steps for check in step.checks} == {None}
+    assert old.passed
+
+
 def test_a_fallback_that_is_unknown_survives(record: ParityRecord) -> None:
     step = record.steps[2]
     assert step.conditions is not None
