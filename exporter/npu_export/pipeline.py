@@ -167,8 +167,10 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Written:
         with steps.step("measure what rounding does"), _recorder(plan, network, scales) as exact:
             study.run_float64(module)
             steps.detail(f"float32 is {study.float32.worst():.1e} of each channel from float64")
+        fast = None
         if request.precision == "fp32":
-            study.run_fast(module)
+            with _recorder(plan, network, scales) as fast:
+                study.run_fast(module)
         else:
             provenance.result()  # the weights are put aside for a moment, and then changed
         ranges = None
@@ -185,7 +187,7 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Written:
         unrounded = None if request.precision == "fp32" else study.run_unrounded(module, recorded.inputs)
         statistics = None
         if recorder is not None and exact is not None:
-            statistics = collect_statistics(request.precision, recorder, exact, narrow)
+            statistics = collect_statistics(request.precision, recorder, exact, fast, narrow)
         programs: list[Program] = []
         records: dict[str, Future[RecordedFile]] = {}
         if "torchscript" in request.formats:

@@ -11,7 +11,7 @@ import numpy as np
 
 from npu_export.boundaries import BoundaryRecorder, is_block
 from npu_export.plan import PROBES_FILE, REFERENCE_SEEDS
-from npu_export.proof.limits import FLOAT64_IMAGES, MARGINS, PROBE_FACTORS, UNIT_ROUNDOFF, to_two_digits
+from npu_export.proof.limits import FLOAT64_IMAGES, MARGINS, PROBE_FACTORS, TF32_ROUNDOFF, UNIT_ROUNDOFF, to_two_digits
 from npu_runtime.artifact.codec import encode_manifest
 from npu_runtime.artifact.schema import MANIFEST_NAME, Boundary, Precision, Probes
 from npu_runtime.artifact.store import Artifact, Images, ProbeRecord, open_artifact, record_file
@@ -47,6 +47,8 @@ class Statistics:
     """Elements of an image's output."""
     rounding: Mapping[str, float]
     """What rounding does there: the largest relative L2 error of an image, each channel over its scale."""
+    fast: Mapping[str, float]
+    """The same of fast numerics; empty where they are the precision's own."""
 
     def limit(self, module: str, precision: Precision) -> float:
         """The most that a right program's error may be there by rounding."""
@@ -63,20 +65,35 @@ class Found(NamedTuple):
 
 
 def collect_statistics(
-    precision: Precision, recorder: BoundaryRecorder, exact: BoundaryRecorder, narrow: BoundaryRecorder | None
+    precision: Precision,
+    recorder: BoundaryRecorder,
+    exact: BoundaryRecorder,
+    fast: BoundaryRecorder | None,
+    narrow: BoundaryRecorder | None,
 ) -> Statistics:
-    """What was recorded of the reference, of the network in float64, and in the half precision of the export if any."""
+    """What was recorded of the reference, of the network in float64, with a device's shortcuts on one image, and in the
+    half precision of the export."""
     reference = recorder.records(len(REFERENCE_SEEDS))
     rounded, true = (reference, exact.records(FLOAT64_IMAGES))
     if narrow is not None:
         rounded, true = narrow.records(len(REFERENCE_SEEDS)), reference
     first = {name: ProbeRecord(r.sketch[:1], r.norm[:1], r.scale) for name, r in rounded.items()}
-    rounding = {}
+    rounding = _largest_errors(rounded, true, UNIT_ROUNDOFF[precision])
+    shortened = {} if fast is None else _largest_errors(fast.records(1), reference, TF32_ROUNDOFF)
+    return Statistics({n: r for n, r in reference.items() if n in rounding}, first, recorder.sizes, rounding, shortened)
+
+
+def _largest_errors(
+    rounded: Mapping[str, ProbeRecord], true: Mapping[str, ProbeRecord], least: float
+) -> dict[str, float]:
+    """At each boundary of both the largest relative L2 error of an image that both have."""
+    errors = {}
     for name, record in true.items():
         if name in rounded:
-            errors = relative_errors(rounded[name].sketch[: len(record.norm)], record.sketch, record.norm)
-            rounding[name] = max(float(errors.max()), UNIT_ROUNDOFF[precision])
-    return Statistics({n: r for n, r in reference.items() if n in rounding}, first, recorder.sizes, rounding)
+            count = min(len(record.norm), len(rounded[name].norm))
+            found = relative_errors(rounded[name].sketch[:count], record.sketch[:count], record.norm[:count])
+            errors[name] = max(float(found.max()), least)
+    return errors
 
 
 def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Artifact:
@@ -87,6 +104,7 @@ def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Arti
     from safetensors.numpy import save
 
     manifest = artifact.manifest
+    factor = PROBE_FACTORS[manifest.precision]
     batch = min(program.batch for program in manifest.programs)
     places: dict[str, Mapping[str, str]] = {}
     errors: dict[str, float] = {}
@@ -107,6 +125,7 @@ def add_probes(artifact: Artifact, statistics: Statistics, steps: Steps) -> Arti
                 module,
                 to_two_digits(max(statistics.limit(module, manifest.precision), 2 * errors[module])),
                 {format: found[module] for format, found in places.items() if module in found},
+                None if module not in statistics.fast else to_two_digits(factor * statistics.fast[module]),
             )
             for module in kept
         )

@@ -56,7 +56,7 @@ def statistics_of(name: str, weights: str, inputs: np.ndarray[Any, Any]) -> Stat
             run_eager(encoder.with_outputs(network), image[None])
     with record_boundaries(network, recorder.scales) as exact:
         run_in(encoder.with_outputs(network), inputs[:FLOAT64_IMAGES], IN_FLOAT64)
-    return collect_statistics("fp32", recorder, exact, None)
+    return collect_statistics("fp32", recorder, exact, None, None)
 
 
 def test_every_boundary_of_a_family_is_found_in_both_formats(probed_artifact: Path) -> None:
@@ -69,6 +69,10 @@ def test_every_boundary_of_a_family_is_found_in_both_formats(probed_artifact: Pa
         assert set(boundary.places) == {"torchscript", "onnx"}
         assert 10 * UNIT_ROUNDOFF["fp32"] <= boundary.limit < 1.2e-5
         assert probes.limit_on(boundary, "npu") == 10 * probes.limit_on(boundary, "cpu") == 10 * boundary.limit
+        assert boundary.fast_limit is not None
+        assert 1e-3 < boundary.fast_limit < 1e-1
+        assert probes.limit_on(boundary, "npu", "fast") == 10 * boundary.fast_limit
+        assert probes.limit_on(boundary, "cpu", "fast") == boundary.limit
     assert probes.basis.startswith("10 times what rounding does there: the largest relative L2 error of an image")
     artifact.check_files()
 

@@ -83,7 +83,11 @@ def test_the_ladder_of_every_family_passes_from_eager_to_the_device(family_artif
 
 
 def test_the_ladder_names_precision_for_hf32(family_artifact: Path, command: Run) -> None:
-    done = command("parity", family_artifact, *NPU, "--numerics", "fast", "--seeds", "42", "--json")
+    """Within the limits of fast numerics, and beyond those of exact products, which are given here."""
+    fast = (*NPU, "--numerics", "fast", "--seeds", "42", "--json")
+    done = command("parity", family_artifact, *fast)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = command("parity", family_artifact, *fast, "--tolerance", "embedding.max_scaled_rmse=1e-5")
     assert done.returncode == 3, done.stdout + done.stderr
     record = json.loads(done.stdout)
     assert (record["cause"], record["first_failure"]) == ("precision", "eager fp32 on npu:0")
@@ -136,11 +140,14 @@ def test_without_the_checkpoint_the_device_answers_to_the_programs_on_the_cpu(
     assert (baselines[1], baselines[3]) == ("stored reference", "torchscript fp32 on cpu")
 
 
-def test_hf32_that_is_left_on_fails_parity_and_is_named(command: Run, tmp_path: Path) -> None:
+def test_hf32_that_is_left_on_is_named_and_judged_by_limits_of_its_own(command: Run, tmp_path: Path) -> None:
     output = export("tiny-convnext", weights="random:3", formats=("torchscript",), output=tmp_path / "convnext")
     done = command("verify", output, *NPU, "--numerics", "fast", "--json")
-    assert done.returncode == 3, done.stdout + done.stderr
-    report = conditions(json.loads(done.stdout))
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout)
+    strict = next(t["limit"] for t in record["tolerances"] if t["device"] == "cpu" and t["metric"] == "max_abs_error")
+    assert record["steps"][0]["outputs"][0]["metrics"]["max_abs_error"] > 10 * strict  # the margin of an NPU
+    report = conditions(record)
     assert report["numerics"]["numerics"] == "fast"
     assert report["numerics"]["torch.npu.conv.allow_hf32"] is True
     assert report["arithmetic"]["conv"] > 1e-5

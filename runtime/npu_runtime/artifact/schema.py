@@ -187,6 +187,8 @@ class Boundary:
     places: Mapping[str, str]
     """Format -> where the value is in the program: its name in an ONNX graph, or `KIND:INDEX`, the number of
     the operator among those of its kind, in TorchScript."""
+    fast_limit: float | None = None
+    """The limit for fast numerics, before the margin of the device; None where it is the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +207,12 @@ class Probes:
     boundaries: tuple[Boundary, ...]
     """In the order in which the network computes them."""
 
-    def limit_on(self, boundary: Boundary, device: str) -> float:
-        """The limit of a boundary on a kind of device."""
-        return boundary.limit if device == "cpu" else self.accelerator_margin * boundary.limit
+    def limit_on(self, boundary: Boundary, device: str, numerics: Numerics = "strict") -> float:
+        """The limit of a boundary on a kind of device under a choice of numerics."""
+        if device == "cpu":
+            return boundary.limit
+        fast = boundary.fast_limit if numerics == "fast" else None
+        return self.accelerator_margin * (boundary.limit if fast is None else fast)
 
 
 @dataclass(frozen=True, slots=True)

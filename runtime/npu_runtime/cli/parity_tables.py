@@ -73,7 +73,9 @@ def print_parity(record: ParityRecord, *, details: bool) -> None:
         _print_localised(localised)
     print_conditions({step.title: step.conditions for step in record.steps if step.conditions is not None})
     if any(tolerance.numerics == "fast" for tolerance in record.tolerances):
-        print_line(f"limits    on {record.device} those of fast numerics: products of TF32 or HF32 operands, GELU by tanh")
+        print_line(
+            f"limits    on {record.device} those of fast numerics: products of TF32 or HF32 operands, GELU by tanh"
+        )
     for tolerance in record.overridden:
         print_line(f"tolerance {tolerance.output}.{tolerance.metric} {tolerance.limit:g}, {tolerance.basis}", warn=True)
     for step in record.steps:

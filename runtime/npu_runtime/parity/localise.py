@@ -51,13 +51,14 @@ def localise(
     with load(artifact, backend=backend, batches=[probes.batch], **how) as encoder:
         name, device = encoder.backend, encoder.device
         outputs = encoder.run(inputs, allow_nonfinite=True)
-    tolerances = artifact.manifest.tolerances_on(device.kind, how.get("numerics", "strict"))
+    numerics = how.get("numerics", "strict")
+    tolerances = artifact.manifest.tolerances_on(device.kind, numerics)
     failed_plain = _beyond(artifact.manifest, tolerances, outputs, expected)
 
     options = Options(
         (probes.batch,),
         threads=how.get("threads"),
-        numerics=how.get("numerics", "strict"),
+        numerics=numerics,
         graph=False,
         allow_fallback=how.get("allow_fallback", False),
     )
@@ -71,7 +72,8 @@ def localise(
         for part in measure_places(program, places, given, inputs, probes.batch, AT_ONCE, watch):
             failed_probed.update(dict.fromkeys(_beyond(artifact.manifest, tolerances, part.outputs, expected)))
             errors += part.errors
-    judged = tuple(_judge(b, probes.limit_on(b, device.kind), error) for b, error in zip(boundaries, errors))
+    limits = [probes.limit_on(boundary, device.kind, options.numerics) for boundary in boundaries]
+    judged = tuple(map(_judge, boundaries, limits, errors))
     return Localisation(
         backend=name,
         device=str(device),
