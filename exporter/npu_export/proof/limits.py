@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,8 @@ UNIT_ROUNDOFF: Mapping[Precision, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, 
 """The most that rounding changes a number, as a share of it (Higham, Accuracy and Stability of Numerical Algorithms,
 section 2.2)."""
 TF32_ROUNDOFF = 2.0**-11
+DEVIATIONS = 3
+"""How many standard deviations of rounding one value may be off."""
 MOST = 0.3
 """The most of a channel's scale that rounding may take, as an RMS error: ten times what bfloat16 takes of any of the
 five, and three times what it takes with channels of 1000 in a few tokens of tiny networks."""
@@ -73,6 +75,8 @@ class Rounding:
     """By output and kind of tokens, None for all."""
     largest: Mapping[str, float]
     """Largest |value| of each output."""
+    peak: Mapping[str, float]
+    """The most that one value of each output is of its image's L2 norm: near 1 beside a massive channel."""
     roundoff: float
     """Of one number in this arithmetic."""
     how: str
@@ -85,10 +89,19 @@ class Rounding:
     def measured(self, output: str, group: str | None, metric: ToleranceMetric) -> float:
         """What rounding does to a metric: never taken as less than the rounding of one number of the output.
 
-        A metric may come out as 0 by luck, where a massive channel decides it and has few values.
+        Where a massive channel decides a metric that it dominates, few values do, one for each image of an output
+        [N, D], and their errors may be small by luck: they count as three deviations of what the other channels show,
+        in proportion to their size.
         """
-        least = self.roundoff * (self.largest[output] if metric == "max_abs_error" else 1.0)
-        return max(float(getattr(self.metrics[output, group], metric)), least)
+        found = self.metrics[output, group]
+        least = self.roundoff
+        if metric in SWAMPED:
+            deviations, peak = DEVIATIONS * (found.max_scaled_rmse or 0.0), self.peak[output]
+            if metric == "max_abs_error":
+                least = self.largest[output] * max(self.roundoff, deviations)
+            else:
+                least = max(self.roundoff, deviations * peak)
+        return max(float(getattr(found, metric)), least)
 
 
 def measure_rounding(
@@ -113,6 +126,7 @@ def measure_rounding(
     rounding = Rounding(
         {(result.output, result.group): result.metrics for result in results},
         {name: float(np.abs(values).max()) for name, values in reference.items()},
+        {name: max(map(_peak, values)) for name, values in reference.items()},
         roundoff,
         how,
     )
@@ -125,6 +139,11 @@ def measure_rounding(
             hint=HINT,
         )
     return rounding
+
+
+def _peak(values: np.ndarray[Any, Any]) -> float:
+    norm = float(np.linalg.norm(values.astype(np.float64)))
+    return float(np.abs(values).max()) / norm if norm else 0.0
 
 
 def tolerances(
