@@ -16,7 +16,7 @@ from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import load_network, plan_weights
 from npu_export.precision import in_precision, torch_dtype
 from npu_export.proof.arithmetic import SummedInFloat32, run_in
-from npu_export.proof.limits import FLOAT64_IMAGES
+from npu_export.proof.limits import FLOAT64_IMAGES, margins
 from npu_export.proof.rounding import IN_FLOAT32, RoundingStudy
 from npu_export.reference import Recorded
 from npu_export.weights import find_weights
@@ -74,7 +74,7 @@ class Gate:
         """A limit of an artifact of the network on a kind of device."""
         manifest = object.__new__(Manifest)
         object.__setattr__(manifest, "tolerances", self.tolerances(precision))
-        object.__setattr__(manifest, "margins", self.study.margins(precision))
+        object.__setattr__(manifest, "margins", margins(precision))
         return next(t.limit for t in manifest.tolerances_on(device, numerics) if t.name == name)
 
     def outputs(self, precision: Precision, change: Change | None = None) -> Outputs:

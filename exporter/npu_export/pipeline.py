@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from npu_export.boundaries import BoundaryRecorder, Scale, record_boundaries
 from npu_export.encoders.spec import EncoderSpec
 from npu_export.network import load_network, state_sha256
-from npu_export.plan import DEFAULT_OPSET, FORMATS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
+from npu_export.plan import DEFAULT_OPSET, FORMATS, PRECISIONS, REFERENCE_SEEDS, ExportPlan, make_request, plan_export
 from npu_export.precision import in_precision, torch_dtype
 from npu_export.probes import Statistics, add_probes, collect_statistics
 from npu_export.proof.headroom import check_headroom, describe_cost, measure_ranges, settle_kept
+from npu_export.proof.limits import margins
 from npu_export.proof.unrounded import check_unrounded
 from npu_export.provenance import describe_provenance
 from npu_export.reference import write_reference
@@ -164,14 +165,15 @@ def write_artifact(plan: ExportPlan, folder: Path, steps: Steps) -> Written:
             recorded = write_reference(plan, module, folder / REFERENCE_FILE, steps)
         study = RoundingStudy(recorded, request.encoder.outputs)
         scales = None if recorder is None else recorder.scales
-        with steps.step("measure what rounding does"), _recorder(plan, network, scales) as exact:
-            study.run_float64(module)
-            steps.detail(f"float32 is {study.float32.worst():.1e} of each channel from float64")
         fast = None
-        if request.precision == "fp32":
-            with _recorder(plan, network, scales) as fast:
-                study.run_fast(module)
-        else:
+        with steps.step("measure what rounding does"):
+            with _recorder(plan, network, scales) as exact:
+                study.run_float64(module)
+            if request.precision == "fp32":
+                with _recorder(plan, network, scales) as fast:
+                    study.run_fast(module)
+            steps.detail(f"float32 is {study.float32.worst():.1e} of each channel from float64")
+        if request.precision != "fp32":
             provenance.result()  # the weights are put aside for a moment, and then changed
         ranges = None
         if request.precision == "fp16":
@@ -254,6 +256,8 @@ def _check_disk(plan: ExportPlan) -> None:
     while not parent.exists():
         parent = parent.parent
     needed = sum(plan.sizes().values()) + DISK_MARGIN_NBYTES
+    if "onnx" in plan.request.formats and plan.request.precision != "fp32":
+        needed += PRECISIONS["fp32"] * plan.weights.parameters  # a copy that is checked without its rounding
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise Error(
@@ -354,7 +358,7 @@ def _describe(
         preprocessing=plan.preprocessing,
         tolerances=study.tolerances(plan.request.precision),
         provenance=provenance,
-        margins=study.margins(plan.request.precision),
+        margins=margins(plan.request.precision),
         ranges=ranges,
         keep_fp32=plan.keep_fp32,
     )

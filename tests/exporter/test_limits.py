@@ -91,8 +91,8 @@ def test_no_limit_is_less_than_the_rounding_of_one_number() -> None:
 
 
 def test_a_massive_channel_whose_few_values_are_right_by_luck_is_allowed_what_the_others_show() -> None:
-    """As with AIMv2-L, whose CLS-like mean has one value of 33 an image: ONNX Runtime was 3 units in its last place off,
-    where float32 was half a unit from float64."""
+    """As with AIMv2-L, whose mean of tokens has one value of 33 an image: float32 had it right within half a unit in
+    the last place, ONNX Runtime within three."""
     gate = gate_with(tiny.TINY_PE_LANG, Outliers(1000))
     exact = {name: array[:2].copy() for name, array in gate.reference.items()}
     rounded = {name: array * np.float32(1 + 1e-4) for name, array in exact.items()}

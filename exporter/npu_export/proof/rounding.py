@@ -16,7 +16,6 @@ from npu_export.proof.limits import (
     TF32_ROUNDOFF,
     UNIT_ROUNDOFF,
     Rounding,
-    margins,
     measure_rounding,
     tolerances,
 )
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from npu_export.reference import Recorded
-    from npu_runtime.artifact.schema import Margin, Precision, TensorSpec, Tolerance
+    from npu_runtime.artifact.schema import Precision, TensorSpec, Tolerance
     from npu_runtime.artifact.store import Images
     from npu_runtime.parity.measure import Outputs
 
@@ -82,9 +81,6 @@ class RoundingStudy:
         """Those of an artifact in this precision."""
         strict = tolerances(self.narrow or self.float32, self._specs, precision)
         return strict + (() if self._fast is None else tolerances(self._fast, self._specs, precision, "fast"))
-
-    def margins(self, precision: Precision) -> tuple[Margin, ...]:
-        return margins(precision)
 
     def _run(self, module: nn.Module, images: Images, mode: Callable[[], AbstractContextManager[Any]]) -> Outputs:
         return {spec.name: array for spec, array in zip(self._specs, run_in(module, images, mode))}

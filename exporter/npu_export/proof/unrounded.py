@@ -45,7 +45,7 @@ def check_unrounded(artifact: Artifact, expected: Outputs, limits: tuple[Toleran
         program = min(manifest.programs_for(format), key=lambda program: program.batch)
         with steps.step(f"check {format} without its rounding"):
             measurement = Measurement(manifest.outputs, reference)
-            with tempfile.TemporaryDirectory(prefix=".widened-", dir=artifact.path.parent) as scratch:
+            with tempfile.TemporaryDirectory(prefix="unrounded-", dir=artifact.path) as scratch:
                 run = _WIDEN[format](artifact.path, program, Path(scratch))
                 for index in range(count):
                     outputs = run(np.repeat(inputs[index : index + 1], program.batch, axis=0))
