@@ -169,17 +169,18 @@ def _fallback_note(say: Say, session: str, report: SessionReport) -> Iterator[It
 
 
 def _tolerances(context: Context) -> Iterator[Item]:
-    """On what the limits rest, each basis once for the kinds of device that it is for."""
+    """On what the limits rest, each basis once for the kinds of device and the metrics that it is for."""
     say, manifest = context.say, context.subject.manifest
     tolerances = [t for _, record in context.parities() for t in record.tolerances]
     tolerances += [] if manifest is None else manifest.tolerances_on("cpu")
-    bases: dict[str, dict[str, None]] = {}
+    bases: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for tolerance in tolerances:
         fast = tolerance.numerics == "fast"
         name = say("device.fast", device=tolerance.device) if fast else tolerance.device
-        bases.setdefault(tolerance.basis, {})[name] = None
-    for basis, devices in bases.items():
-        yield Text(say("note.basis", devices=say.join(devices))), Text(basis, "quoted")
+        devices, metrics = bases.setdefault(tolerance.basis, ({}, {}))
+        devices[name] = metrics[say(f"metric.{tolerance.metric}")] = None
+    for basis, (devices, metrics) in bases.items():
+        yield Text(say("note.basis", devices=say.join(devices), metrics=say.join(metrics))), Text(basis, "quoted")
 
 
 def conclusion(context: Context) -> Section:

@@ -322,7 +322,7 @@ MESSAGES: Mapping[str, str] = {
     "note.noisy": "{label}: interquartile range above 10 % of the median, kept and labelled noisy: {rows}.",
     "noisy row": "{backend} batch {batch} ({share} %)",
     "device.fast": "{device} under fast numerics",
-    "note.basis": "Limits on {devices}:",
+    "note.basis": "Limits on {devices} ({metrics}):",
     # Conclusion
     "conclusion.no parity": "Accuracy was not measured.",
     "conclusion.no bench": "Performance was not measured.",

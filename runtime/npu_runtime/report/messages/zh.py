@@ -314,7 +314,7 @@ MESSAGES: Mapping[str, str] = {
     "note.noisy": "{label}：以下各项的四分位距超过中位数的 10 %，数据予以保留并标为有噪声：{rows}。",
     "noisy row": "{backend} 批大小 {batch}（{share} %）",
     "device.fast": "{device}（fast 数值模式）",
-    "note.basis": "{devices} 的容差依据：",
+    "note.basis": "{devices} 的容差依据（{metrics}）：",
     # 结论
     "conclusion.no parity": "精度未测量。",
     "conclusion.no bench": "性能未测量。",
