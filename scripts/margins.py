@@ -2,7 +2,7 @@
 
 `scripts/margins --output build/margins` builds each encoder at full size from seeded weights, plants massive channels
 into them, freezes the network and runs it, then puts each fault of the tests into it. It writes the table to
-docs/margins.md and every figure to the folder. Half an hour on two cores; a run that was interrupted goes on.
+docs/margins.md and every figure to the folder. Twenty minutes on two cores; a run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ HEAD = """# Margins of the limits
 What `npu-export` measures of a network decides how far a program of it may be from the eager reference. This table
 shows both sides of these limits on the CPU: how near the program of the **right** network comes to the nearest of them,
 and how far beyond it the program of a **wrong** one is that is hardest to tell. All five encoders at full size (PE-Lang
-at 224 pixels), seeded weights, two images; torch {torch}, onnxruntime {onnxruntime}, timm {timm}.
+at 224 pixels), seeded weights, one image; torch {torch}, onnxruntime {onnxruntime}, timm {timm}.
 
 - *massive channels*: planted into the residual stream of an early block, as trained encoders have them.
 - *right*: the largest of all checks as a share of its limit; above 1 a right export would be refused. In fp32 and fp16
@@ -85,7 +85,7 @@ def measure(encoder: str, outliers: Outliers, output: Path) -> list[dict[str, An
     kept = output / f"{encoder}-{outliers.value:g}.json"
     if not kept.exists():
         spec = find_encoder(encoder)
-        gate = gate_of(spec.at_size(224) if encoder == "pe-lang-l14-448" else spec, outliers, (0, 1))
+        gate = gate_of(spec.at_size(224) if encoder == "pe-lang-l14-448" else spec, outliers, (0,))
         rows = [
             row_of(encoder, outliers, precision, gate)
             for precision in PRECISIONS.get(encoder, ("fp32", "fp16", "bf16"))
