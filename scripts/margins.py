@@ -75,8 +75,8 @@ def main() -> None:
         for outliers in OUTLIERS:
             rows += measure(encoder, outliers, arguments.output)
     if arguments.only is None:
-        versions = package_versions()
-        head = HEAD.format(**{name: versions[name] for name in ("torch", "onnxruntime", "timm")})
+        versions = package_versions(("torch", "onnxruntime", "timm"))
+        head = HEAD.format(**versions)
         write_file(PAGE, "\n".join([head, *table(rows), ""]).encode())
 
 
