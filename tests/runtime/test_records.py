@@ -22,7 +22,7 @@ from npu_runtime.parity.record_files import (
     encode_record,
     read_record,
 )
-from npu_runtime.parity.records import ParityRecord, make_record
+from npu_runtime.parity.records import BoundaryError, ParityRecord, make_record
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,11 @@ def test_a_record_of_schema_1_2_is_read_without_figures_by_channel() -> None:
     assert {image.scaled_rmse for output in outputs for image in output.images} == {None}
     assert {check.group for step in old.steps for check in step.checks} == {None}
     assert old.passed
+
+
+@pytest.mark.parametrize(("error", "text"), [(1.2e-7, "12%"), (2e-6, "200%"), (4.19e-4, "419 x"), (math.inf, "inf x")])
+def test_an_error_at_a_block_is_told_as_a_share_of_its_limit(error: float, text: str) -> None:
+    assert BoundaryError("blocks.5", error, 1e-6, 0, False).of_the_limit() == text
 
 
 def test_a_fallback_that_is_unknown_survives(record: ParityRecord) -> None:

@@ -131,7 +131,7 @@ def _print_localised(localised: Localisation) -> None:
                     boundary.module,
                     f"{boundary.relative_l2_error:.1e}",
                     f"{boundary.limit:.1e}",
-                    f"{boundary.share:.0%}",
+                    boundary.of_the_limit(),
                     str(boundary.nonfinite),
                     "pass" if boundary.passed else "FAIL",
                 )

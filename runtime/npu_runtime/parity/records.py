@@ -101,6 +101,10 @@ class BoundaryError:
         """The error as a share of the limit."""
         return self.relative_l2_error / self.limit
 
+    def of_the_limit(self) -> str:
+        """The share as text: `12%`, `419 x`."""
+        return f"{self.share:,.0f} x" if self.share >= 10 else f"{self.share:.0%}"
+
 
 @dataclass(frozen=True, slots=True)
 class Localisation:

@@ -158,7 +158,7 @@ def _localised(context: Context, given: Labelled, localised: Localisation) -> li
             Text(boundary.module, "code"),
             number(spell_error(boundary.relative_l2_error)),
             number(spell_limit(boundary.limit)),
-            number(f"{boundary.share:.0%}"),
+            number(boundary.of_the_limit()),
             number(str(boundary.nonfinite)),
             verdict(say, boundary.passed),
         )
