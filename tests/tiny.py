@@ -53,6 +53,25 @@ TINY_AIMV2 = aimv2_encoder(
 )
 FAMILIES = (TINY, TINY_PE_LANG, TINY_CONVNEXT, TINY_DINOV2, TINY_AIMV2)
 """One tiny encoder of each family."""
+BOUNDARIES = {
+    "tiny-vit": ["patch_embed", "blocks.0", "blocks.1", "norm"],
+    "tiny-pe-lang": ["patch_embed", "norm_pre", "blocks.0", "blocks.1"],
+    "tiny-convnext": [
+        "stem",
+        "stages.0.blocks.0",
+        "stages.1.downsample",
+        "stages.1.blocks.0",
+        "stages.2.downsample",
+        "stages.2.blocks.0",
+        "stages.2.blocks.1",
+        "stages.3.downsample",
+        "stages.3.blocks.0",
+        "head",
+    ],
+    "tiny-dinov2": ["patch_embed", "blocks.0", "blocks.1", "norm"],
+    "tiny-aimv2": ["patch_embed", "blocks.0", "blocks.1", "norm"],
+}
+"""By encoder the modules whose outputs are boundaries, in the order in which they run; all have weights."""
 
 
 def register() -> None:

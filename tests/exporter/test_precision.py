@@ -71,35 +71,15 @@ def test_fp32_is_the_module_itself() -> None:
     assert in_precision(module, "fp32", ["blocks.1"]) is module
 
 
-CASTABLE = {
-    "tiny-vit": ["patch_embed", "blocks.0", "blocks.1", "norm"],
-    "tiny-pe-lang": ["patch_embed", "norm_pre", "blocks.0", "blocks.1"],
-    "tiny-convnext": [
-        "stem",
-        "stages.0.blocks.0",
-        "stages.1.downsample",
-        "stages.1.blocks.0",
-        "stages.2.downsample",
-        "stages.2.blocks.0",
-        "stages.2.blocks.1",
-        "stages.3.downsample",
-        "stages.3.blocks.0",
-        "head",
-    ],
-    "tiny-dinov2": ["patch_embed", "blocks.0", "blocks.1", "norm"],
-    "tiny-aimv2": ["patch_embed", "blocks.0", "blocks.1", "norm"],
-}
-
-
 @pytest.mark.parametrize("encoder", tiny.FAMILIES, ids=lambda encoder: encoder.name)
 def test_modules_with_weights_may_be_kept_in_float32(encoder: EncoderSpec) -> None:
-    assert list(castable_modules(module_of(encoder).network)) == CASTABLE[encoder.name]
+    assert list(castable_modules(module_of(encoder).network)) == tiny.BOUNDARIES[encoder.name]
 
 
 @pytest.mark.parametrize("precision", HALVES)
 @pytest.mark.parametrize("encoder", tiny.FAMILIES, ids=lambda encoder: encoder.name)
 def test_kept_modules_alone_have_float32_weights(encoder: EncoderSpec, precision: Precision) -> None:
-    kept = CASTABLE[encoder.name][1:3]
+    kept = tiny.BOUNDARIES[encoder.name][1:3]
     changed = in_precision(module_of(encoder), precision, kept)
     network = changed.encoder.network
     inside = {id(parameter) for name in kept for parameter in network.get_submodule(name).parameters()}
@@ -113,7 +93,7 @@ def test_kept_modules_alone_have_float32_weights(encoder: EncoderSpec, precision
 def test_frozen_programs_with_kept_modules_give_what_eager_gives_and_pass_lint(
     encoder: EncoderSpec, position: str
 ) -> None:
-    names = CASTABLE[encoder.name]
+    names = tiny.BOUNDARIES[encoder.name]
     kept = {"first": names[:1], "middle": names[2:3], "last": names[-2:]}[position]
     images = torch.randn(encoder.inputs[0].of_batch(1), generator=torch.Generator().manual_seed(0))
     changed = in_precision(module_of(encoder), "fp16", kept)
@@ -157,7 +137,7 @@ def test_between_kept_modules_nothing_is_rounded() -> None:
     images = torch.randn(tiny.TINY_CONVNEXT.inputs[0].of_batch(1), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = module(images)
-        (got,) = in_precision(module, "fp16", CASTABLE["tiny-convnext"])(images)
+        (got,) = in_precision(module, "fp16", tiny.BOUNDARIES["tiny-convnext"])(images)
     assert torch.equal(got, expected[0])
 
 

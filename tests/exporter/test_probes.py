@@ -27,25 +27,6 @@ from npu_runtime.errors import Error
 from npu_runtime.parity.sketch import WIDTH, relative_errors
 from npu_runtime.steps import Silent
 
-BOUNDARIES = {
-    "tiny-vit": ["patch_embed", "blocks.0", "blocks.1", "norm"],
-    "tiny-pe-lang": ["patch_embed", "norm_pre", "blocks.0", "blocks.1"],
-    "tiny-convnext": [
-        "stem",
-        "stages.0.blocks.0",
-        "stages.1.downsample",
-        "stages.1.blocks.0",
-        "stages.2.downsample",
-        "stages.2.blocks.0",
-        "stages.2.blocks.1",
-        "stages.3.downsample",
-        "stages.3.blocks.0",
-        "head",
-    ],
-    "tiny-dinov2": ["patch_embed", "blocks.0", "blocks.1", "norm"],
-    "tiny-aimv2": ["patch_embed", "blocks.0", "blocks.1", "norm"],
-}
-
 
 def statistics_of(name: str, weights: str, inputs: np.ndarray[Any, Any]) -> Statistics:
     """Of an encoder's own network with some weights."""
@@ -63,7 +44,7 @@ def test_every_boundary_of_a_family_is_found_in_both_formats(probed_artifact: Pa
     artifact = open_artifact(probed_artifact)
     probes = artifact.manifest.probes
     assert probes is not None
-    assert [boundary.module for boundary in probes.boundaries] == BOUNDARIES[artifact.manifest.encoder]
+    assert [boundary.module for boundary in probes.boundaries] == tiny.BOUNDARIES[artifact.manifest.encoder]
     assert (probes.batch, probes.accelerator_margin) == (1, 10)
     for boundary in probes.boundaries:
         assert set(boundary.places) == {"torchscript", "onnx"}
@@ -102,7 +83,7 @@ def test_blocks_that_are_not_in_a_program_stop_the_export(probed_artifact: Path,
     other = statistics_of(artifact.manifest.encoder, "random:4", artifact.read_reference()[0])
     with pytest.raises(Error, match="blocks of the network were not found in the torchscript program") as caught:
         add_probes(artifact, other, Silent())
-    lost = [module for module in BOUNDARIES[artifact.manifest.encoder] if is_block(module)]
+    lost = [module for module in tiny.BOUNDARIES[artifact.manifest.encoder] if is_block(module)]
     named = [part.split()[0] for part in str(caught.value.got).removeprefix("none for ").split(", ")]
     assert named == lost
 
@@ -119,14 +100,14 @@ def test_the_places_are_of_the_smallest_batch(tmp_path: Path) -> None:
     probes = open_artifact(output).manifest.probes
     assert probes is not None
     assert probes.batch == 2
-    assert [boundary.module for boundary in probes.boundaries] == BOUNDARIES["tiny-vit"]
+    assert [boundary.module for boundary in probes.boundaries] == tiny.BOUNDARIES["tiny-vit"]
 
 
 @pytest.mark.parametrize("encoder", tiny.FAMILIES, ids=lambda encoder: encoder.name)
 def test_a_plan_names_the_boundaries_and_their_size(encoder: Any, tmp_path: Path) -> None:
     plan = plan_export(make_request(encoder, probes=True, output=tmp_path / "a"), "random:3")
-    assert set(plan.boundaries()) == set(BOUNDARIES[encoder.name])
-    assert plan.sizes()["probes.safetensors"] == len(BOUNDARIES[encoder.name]) * 4 * 257 * 8
+    assert set(plan.boundaries()) == set(tiny.BOUNDARIES[encoder.name])
+    assert plan.sizes()["probes.safetensors"] == len(tiny.BOUNDARIES[encoder.name]) * 4 * 257 * 8
 
 
 def test_a_plan_without_probes_has_no_size_for_them(tmp_path: Path) -> None:
